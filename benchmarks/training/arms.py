@@ -42,6 +42,7 @@ def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
     options.add_argument("--folder", default=folder, help="where corpus, first model and arms are kept")
     options.add_argument("--seconds", type=float, default=270, help="of training in this call")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     return options
 
 
@@ -133,6 +134,7 @@ class Experiment:
             raise SystemExit(f"{' '.join(command[:4])} … ended with status {status}")
 
 
+Run = dict[str, Any]  # what a record says of one arm and seed
 Arms = Mapping[tuple[str, int], Sequence[TrainJob]]  # by name and seed: trainings, one after the other
 
 
@@ -148,27 +150,64 @@ def train_arms(experiment: Experiment, arms: Arms) -> bool:
     return True
 
 
-def report_arms(name: str, what: str, arms: Arms, **facts: Any) -> None:
-    """Print the finished arms' recall, and write benchmarks/results/<name>.json once all are finished."""
-    runs = [
+def report_arms(options: argparse.Namespace, name: str, what: str, arms: Arms, **facts: Any) -> None:
+    """Print the recall of all finished arms, and record them in <name>.json of --results."""
+    found = [
         {
             "arm": arm,
             "seed": seed,
+            **header(),
             "recall": {key: round(value, 2) for key, value in recalls_at_the_end(legs[-1].folder).items()},
             "seconds": round(sum(map(seconds_of, legs))),
+            "cpu_seconds": round(sum(map(cpu_seconds_of, legs))),
         }
         for (arm, seed), legs in arms.items()
         if all(map(is_finished, legs))
     ]
-    for arm in dict.fromkeys(str(run["arm"]) for run in runs):
+    names = list(dict.fromkeys(arm for arm, _ in arms))
+    runs = record_runs(options.results / f"{name}.json", what, found, names, **facts)
+    for arm in dict.fromkeys(run["arm"] for run in runs):
         recalls: list[dict[str, float]] = [run["recall"] for run in runs if run["arm"] == arm]
         columns = (f"{key} {mean_and_spread([recall[key] for recall in recalls])}" for key in recalls[0])
         print(f"{arm:<36} {', '.join(columns)}; {len(recalls)} seeds")
-    report = {**header(), "load": round(os.getloadavg()[2], 1), "what": what, **facts, "runs": runs}
-    print(json.dumps(report, ensure_ascii=False))
-    if len(runs) == len(arms):
-        path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def record_runs(path: Path, what: str, found: Sequence[Run], arms: Sequence[str], **facts: Any) -> list[Run]:
+    """Add finished runs to a results file; return all that it has now, in the order of `arms`.
+
+    Runs of other arms and seeds stay: of earlier calls, on other machines too. `what` names the settings
+    that all have in common, and `facts` go beside it.
+
+    Raises:
+        SystemExit: if the file has runs of other settings, which stay as they are.
+    """
+    recorded = read_runs(path, what)
+    if not found:
+        return recorded
+    merged = {(run["arm"], run["seed"]): run for run in [*recorded, *found]}
+    runs = sorted(merged.values(), key=lambda run: (arms.index(run["arm"]), run["seed"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"what": what, **facts, "runs": runs}, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {path}: {len(runs)} runs")
+    return runs
+
+
+def read_runs(path: Path, what: str) -> list[Run]:
+    """Return the runs of a results file; none if there is no file.
+
+    Raises:
+        SystemExit: if they are of other settings.
+    """
+    if not path.exists():
+        return []
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded["what"] != what:
+        raise SystemExit(
+            f"{path} has runs of other settings ({recorded['what']}); give these another folder by --results"
+        )
+    runs: list[Run] = recorded["runs"]
+    return runs
 
 
 def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:

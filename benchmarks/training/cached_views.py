@@ -18,7 +18,6 @@ import json
 
 import numpy as np
 
-from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
     OutOfTime,
     add_emoji_options,
@@ -87,7 +86,9 @@ def main() -> int:
     }
     print(json.dumps(report))
     if done:
-        (RESULTS / "cached_views.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.results / "cached_views.json").write_text(
+            json.dumps(report, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

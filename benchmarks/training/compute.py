@@ -7,11 +7,13 @@
 Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
 the paper's two stages: the tower locked for a third of the epochs, then everything trained. Each other arm
 changes one thing, and `together` has several of them. Recall is that after the last step, on drawings in
-styles never seen and of concepts never seen. FLOPs are those of matrix products and convolutions, forward and
-backward, as `cnclip plan` counts them; seconds are by the clock, and CPU seconds of all processes, with
-validation and start.
+styles never seen and of concepts never seen; curves have it after every epoch, too. FLOPs are those of matrix
+products and convolutions, forward and backward, as `cnclip plan` counts them; seconds are by the clock, and
+CPU seconds of all processes, with validation and start.
 
-Writes benchmarks/results/compute.{json,svg} when all arms have all seeds.
+Every call writes the finished runs into benchmarks/results/compute.{json,svg}, beside those of earlier calls
+with the same settings, so that arms and seeds can be spread over days and machines. A share of the paper's
+cost is that within one seed; it says nothing about seconds if the two ran on different machines.
 """
 
 import sys
@@ -22,20 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
     Experiment,
     OutOfTime,
+    Run,
     cpu_seconds_of,
     header,
     is_finished,
     mean_and_spread,
     parser,
+    read_runs,
+    record_runs,
     seconds_of,
     train_arms,
 )
@@ -69,6 +73,12 @@ def main() -> int:
     flags.add_argument("--english-epochs", type=int, default=6, help="of the image tower's own training")
     flags.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
     options = flags.parse_args()
+    what = (
+        f"`pictures` with small-vit, {options.epochs} epochs of the paper's two stages, image tower from"
+        f" {options.english_epochs} epochs of English names; mean recall in %"
+    )
+    path = options.results / "compute.json"
+    read_runs(path, what)  # before training, rather than after it
     try:
         experiment = pictures_experiment(options)
     except OutOfTime:
@@ -80,22 +90,15 @@ def main() -> int:
         for name in options.arms
     }
     train_arms(experiment, legs)
-    runs = [
-        {"arm": name, "seed": seed, **measured(arm)}
+    found = [
+        {"arm": name, "seed": seed, **header(), **measured(arm)}
         for (name, seed), arm in legs.items()
         if all(map(is_finished, arm))
     ]
-    report = {
-        **header(),
-        "what": f"`pictures` with small-vit, {options.epochs} epochs of the paper's two stages, image tower"
-        f" from {options.english_epochs} epochs of English names; mean recall in %",
-        "runs": runs,
-    }
+    runs = record_runs(path, what, found, list(ARMS))
     print_table(runs)
-    print(json.dumps(report))
-    if len(runs) == len(ARMS) * len(options.seeds):
-        (RESULTS / "compute.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        plot(runs, str(RESULTS / "compute.svg"))
+    if runs:
+        plot(runs, str(path.with_suffix(".svg")))
     return 0
 
 
@@ -117,7 +120,7 @@ def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[T
     stage1, stage2 = experiment.config.stage1, experiment.config.stage2
     assert stage1 is not None
     assert stage2 is not None
-    often = {"validate_every_steps": 0, "save_every_steps": 200}
+    often: dict[str, Any] = {"validate_every_steps": 0, "validate_every_epoch": True, "save_every_steps": 200}
     trainings: list[TrainConfig] = []
     if share1:
         trainings.append(dataclasses.replace(stage1, epochs=max(1, round(epochs / 3 * share1)), **often))
@@ -149,43 +152,75 @@ def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[T
     return legs
 
 
-def measured(legs: Sequence[TrainJob]) -> dict[str, Any]:
-    """Return recall at the end, and what all legs took."""
+def measured(legs: Sequence[TrainJob]) -> Run:
+    """Return recall at the end, what all legs took, and the mean recall over petaFLOPs on the way."""
     return {
         "recall": {name: round(recall, 2) for name, recall in recalls_at_the_end(legs[-1].folder).items()},
         "petaflops": round(sum(flops_of_steps(leg.folder) for leg in legs) / 1e15, 3),
         "seconds": round(sum(map(seconds_of, legs))),
         "cpu_seconds": round(sum(map(cpu_seconds_of, legs))),
-        "samples": sum(samples_of(leg) for leg in legs),
+        "samples": sum(max(line["samples_seen"] for line in _lines(leg)) for leg in legs),
+        "curve": curve_of(legs),
     }
 
 
-def samples_of(leg: TrainJob) -> int:
-    lines = (Path(leg.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(int(json.loads(line)["samples_seen"]) for line in lines)
+def curve_of(legs: Sequence[TrainJob]) -> list[tuple[float, float]]:
+    """Return (petaFLOPs, mean recall over SETS) after every epoch of all legs."""
+    points, before = [], 0.0
+    for leg in legs:
+        whole = flops_of_steps(leg.folder)
+        of_samples: dict[int, list[float]] = {}
+        for line in _lines(leg):
+            if line.get("evaluation") in SETS:
+                of_samples.setdefault(line["samples_seen"], []).append(line["recall"]["mean_recall"])
+        last = max(of_samples)
+        for samples, recalls in of_samples.items():
+            if samples:  # the weights at 0 are the end of the leg before
+                points.append((round((before + whole * samples / last) / 1e15, 3), mean(recalls)))
+        before += whole
+    return points
 
 
-def print_table(runs: Sequence[dict[str, Any]]) -> None:
-    """Print every arm's recall and cost, the paper's as 100%."""
-    of_arm: dict[str, list[dict[str, Any]]] = {}
+def _lines(leg: TrainJob) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for line in (Path(leg.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 2)
+
+
+def print_table(runs: Sequence[Run]) -> None:
+    """Print every arm's recall and cost, the paper's run of the same seed as 100%."""
+    of_arm: dict[str, list[Run]] = {}
     for run in runs:
         of_arm.setdefault(run["arm"], []).append(run)
-    paper = of_arm.get(PAPER, [])
+    paper = {run["seed"]: run for run in of_arm.get(PAPER, [])}
     print(f"{'arm':<24} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8} {'CPU s':>7}  seeds")
     for name, found in of_arm.items():
-        recalls = (mean_and_spread([run["recall"][one] for run in found]) for one in SETS)
-        costs = ["", "", ""]
-        if paper:
-            costs = [
-                f"{np.mean([run[key] for run in found]) / np.mean([run[key] for run in paper]):.0%}"
-                for key in ("petaflops", "seconds", "cpu_seconds")
-            ]
-        shares = f"{costs[0]:>7} {costs[1]:>8} {costs[2]:>7}"
-        print(f"{name:<24} {next(recalls):>12} {next(recalls):>12} {shares}  {len(found)}")
+        style, concept = (mean_and_spread([run["recall"][one] for run in found]) for one in SETS)
+        costs = (
+            _share(found, paper, "petaflops"),
+            _share(_on_one_machine(found, paper), paper, "seconds"),
+            _share(_on_one_machine(found, paper), paper, "cpu_seconds"),
+        )
+        shares = "{:>7} {:>8} {:>7}".format(*costs)
+        print(f"{name:<24} {style:>12} {concept:>12} {shares}  {len(found)}")
 
 
-def plot(runs: Sequence[dict[str, Any]], path: str) -> None:
-    """Draw recall over FLOPs, a point for each run, the mean of both sets."""
+def _on_one_machine(found: Sequence[Run], paper: Mapping[int, Run]) -> list[Run]:
+    return [run for run in found if run["seed"] in paper and run["machine"] == paper[run["seed"]]["machine"]]
+
+
+def _share(found: Sequence[Run], paper: Mapping[int, Run], key: str) -> str:
+    shares = [run[key] / paper[run["seed"]][key] for run in found if run["seed"] in paper]
+    return f"{np.mean(shares):.0%}" if shares else ""
+
+
+def plot(runs: Sequence[Run], path: str) -> None:
+    """Draw recall over FLOPs, the mean of both sets: a curve for each arm, and a dot for each run's end."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -194,8 +229,11 @@ def plot(runs: Sequence[dict[str, Any]], path: str) -> None:
         axes = figure.add_subplot()
         for name in dict.fromkeys(run["arm"] for run in runs):
             found = [run for run in runs if run["arm"] == name]
-            recalls = [np.mean([run["recall"][one] for one in SETS]) for run in found]
-            axes.scatter([run["petaflops"] for run in found], recalls, s=18, label=name)
+            # Seeds take the same steps, so that their curves have points at nearly the same FLOPs.
+            flops, recalls = np.mean([run["curve"] for run in found], axis=0).T
+            (drawn,) = axes.plot(flops, recalls, lw=1, label=name)
+            ends = [np.mean([run["recall"][one] for one in SETS]) for run in found]
+            axes.scatter([run["petaflops"] for run in found], ends, s=14, color=drawn.get_color())
         axes.set_xscale("log")
         axes.set_xlabel("petaFLOPs")
         axes.set_ylabel("mean recall on styles and concepts never seen, %")

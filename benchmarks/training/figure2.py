@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
     Experiment,
     OutOfTime,
@@ -72,8 +71,8 @@ def main() -> int:
         print(finding)
     print(json.dumps(report))
     if len(curves) == 3 and all(len(of_seeds) == len(options.seeds) for of_seeds in curves.values()):
-        (RESULTS / "figure2.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        plot(curves, str(RESULTS / "figure2.svg"))
+        (options.results / "figure2.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        plot(curves, str(options.results / "figure2.svg"))
     return 0
 
 

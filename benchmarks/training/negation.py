@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
     Experiment,
     OutOfTime,
@@ -94,7 +93,7 @@ def main() -> int:
     }
     print(json.dumps(report, ensure_ascii=False))
     if all(map(is_finished, legs.values())):
-        path = RESULTS / "negation.json"
+        path = options.results / "negation.json"
         path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 

@@ -9,8 +9,8 @@ then fewer, as 1/r, down to one; `capped` is the same corpus through [concepts] 
 about the same number of samples. Recall is that on a style never seen, of concepts with one image in `zipf`
 (`rare`), with HEAD images (`frequent`), and of those between (`middle`); each set is searched by itself.
 
-Small: small-vit, one caption an image, 12 epochs of `zipf`. Writes benchmarks/results/balancing.json when
-all arms have all seeds.
+Small: small-vit, one caption an image, 12 epochs of `zipf`. Every call adds the
+finished arms to benchmarks/results/balancing.json.
 """
 
 import sys
@@ -73,6 +73,7 @@ def main() -> int:
             arms[arm, seed] = [experiment.leg(arm, seed, config, tower=False)]
     train_arms(experiments["zipf"], arms)
     report_arms(
+        options,
         "balancing",
         f"mean recall (%) of small-vit from random weights on an emoji style never seen, by how many images a"
         f" concept has in `zipf`: one (rare), {HEAD} (frequent) or between; all see the samples of"

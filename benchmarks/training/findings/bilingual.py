@@ -8,8 +8,8 @@ one vocabulary of both languages. `Chinese` draws a sample's Chinese caption eac
 English one for a quarter or for half of the time (`caption_weights`). Recall is that of Chinese names on a
 style never seen.
 
-Small: small-vit, one caption an image in each language, 8 epochs of three emoji styles. Writes
-benchmarks/results/bilingual.json when all arms have all seeds.
+Small: small-vit, one caption an image in each language, 8 epochs of three emoji styles. Every call adds
+the finished arms to benchmarks/results/bilingual.json.
 """
 
 import sys
@@ -51,6 +51,7 @@ def main() -> int:
             arms[name, seed] = [experiment.leg(name.replace(" ", "_"), seed, config, tower=False)]
     train_arms(experiment, arms)
     report_arms(
+        options,
         "bilingual",
         f"mean recall (%) of Chinese names on {SCORED[0]}, small-vit from random weights,"
         f" {options.epochs} epochs",

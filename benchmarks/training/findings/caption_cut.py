@@ -7,8 +7,8 @@ captions of 8 tokens, cut at the `end`, by `words` or at `random` (`caption_cut`
 whole captions; `whole` has whole captions in both. Recall is that after the second, with whole captions, on
 combinations never seen.
 
-Small: the demo's 3,000 images and its tiny-rn, 4 + 1 epochs. Writes benchmarks/results/caption_cut.json
-when all arms have all seeds.
+Small: the demo's 3,000 images and its tiny-rn, 4 + 1 epochs. Every call adds the
+finished arms to benchmarks/results/caption_cut.json.
 """
 
 import sys
@@ -53,6 +53,7 @@ def main() -> int:
             arms[name, seed] = [short, last]
     train_arms(experiment, arms)
     report_arms(
+        options,
         "caption_cut",
         f"mean recall (%) of the demo with whole captions, after {options.epochs} epochs with captions of"
         f" {TOKENS} tokens (whole ones in `whole`) and one with whole captions; image tower from"

@@ -9,8 +9,8 @@ half ([filter_score]); a model is trained on that from random weights, and for c
 and on only the good pairs, all for about the same number of samples. The report has each filter's recall
 on a style never seen, its accuracy on the planted pairs, and the trained model's recall on that style.
 
-Small: small-vit, one caption an image, 10 epochs of half of the pool. Writes
-benchmarks/results/filter_strength.json when all arms have all seeds.
+Small: small-vit, one caption an image, 10 epochs of half of the pool. Every call adds
+the finished arms to benchmarks/results/filter_strength.json.
 """
 
 import sys
@@ -78,6 +78,7 @@ def main() -> int:
             arms[name, seed] = [leg]
     train_arms(judges, arms)
     report_arms(
+        options,
         "filter_strength",
         f"mean recall (%) on {SCORED[0]} of small-vit from random weights, trained on what a filter keeps of"
         f" a pool with half of the names exchanged; all see the samples of {options.epochs} epochs of half of"

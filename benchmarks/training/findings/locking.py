@@ -9,8 +9,8 @@ start two trainings on Chinese names of both kinds: with the tower locked, and w
 Recall is that on an emoji style and on a font that no training has seen. The harm of locking is what the
 second training gains.
 
-Small: small-vit, one caption an image, 4 epochs after 6 of English. Writes benchmarks/results/locking.json
-when all arms have all seeds.
+Small: small-vit, one caption an image, 4 epochs after 6 of English. Every call adds the
+finished arms to benchmarks/results/locking.json.
 """
 
 import sys
@@ -55,6 +55,7 @@ def main() -> int:
                 arms[arm, seed] = [dataclasses.replace(leg, image_weights=tower)]
     train_arms(seen, arms)
     report_arms(
+        options,
         "locking",
         f"mean recall (%) of small-vit on an emoji style and a font never seen, after {options.epochs} epochs"
         f" of Chinese names; image tower from {options.english_epochs} epochs of English names, with and"
