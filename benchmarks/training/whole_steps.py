@@ -1,6 +1,7 @@
 """Measure whole training steps on an accelerator, optimizer included: the engine's, and the peers'.
 
-All get their batches as training does, from shards by worker processes, which is generous to the peers.
+All take the same batches from shards by worker processes, before the clock starts: what decodes images as
+fast as a GPU uses them is a matter of how many processors it has (benchmarks/gpu/data_rate.py).
 """
 
 import contextlib
@@ -168,9 +169,9 @@ def measure(
     if compiled is None:
         compiled = side != "cn_clip" and device != "cpu" and not lacks(on_gpu=True)
     try:
-        with contextlib.ExitStack() as opened:
-            source = opened.enter_context(made_source(model, batch_size))
-            step, optimizer = make(model, kind, device, source, checkpointing, opened, compiled=compiled)
+        with made_source(model, batch_size) as source:
+            count = WARM_UP + rounds + 1  # one for the optimizer's time
+            step, optimizer = make(model, kind, device, source, checkpointing, compiled=compiled, count=count)
             losses, times = [], []
             for number in range(WARM_UP + rounds):
                 start = seconds(device)
@@ -241,6 +242,14 @@ def _workers(source: Source, device: str, images: int) -> ImageWorkers:
     )
 
 
+def taken(
+    wanted: Iterator[Request[Batch]], workers: ImageWorkers | None, device: str, count: int
+) -> Iterator[Batch]:
+    """Return the first batches, their images on the device; none is made while the steps are measured."""
+    with Feeder(wanted, workers, device) as feeder:
+        return iter(list(itertools.islice(feeder, count)))
+
+
 def _with_features(source: Source, towers: Towers, device: str) -> None:
     """Have the reader give features of each image's view of epoch 0."""
     num_samples = len(source.jpegs)
@@ -273,9 +282,9 @@ def our_training(
     device: str,
     source: Source,
     checkpointing: bool,
-    opened: contextlib.ExitStack,
     *,
     compiled: bool | None = None,
+    count: int,
 ) -> tuple[Callable[[], float], Any]:
     """Return (a step that gives its loss, what has the optimizer's `step`) of the engine that trains."""
     be_the_only_rank()
@@ -293,7 +302,7 @@ def our_training(
     if kind == "cached":
         _with_features(source, towers, device)
     workers = None if kind == "cached" else _workers(source, device, batch_size)
-    batches = iter(opened.enter_context(Feeder(source.reader.requests(0, STEPS), workers, device)))
+    batches = taken(source.reader.requests(0, STEPS), workers, device, count)
     engine = build_engine(towers, config)
     engine.train()
     return lambda: take_step(engine, next(batches), LEARNING_RATE, config), engine
@@ -306,9 +315,9 @@ def peer_training(
     device: str,
     source: Source,
     checkpointing: bool,
-    opened: contextlib.ExitStack,
     *,
     compiled: bool,
+    count: int,
 ) -> tuple[Callable[[], float], Any]:
     """Return the same of a peer: automatic mixed precision in bfloat16, and AdamW on float32 weights."""
     _, peer = models_of(model, kind, peer_name)
@@ -326,7 +335,7 @@ def peer_training(
     reader = source.reader
     wanted = _views_of_features(reader) if kind == "cached" else reader.requests(0, STEPS)
     workers = _workers(source, device, len(source.jpegs))
-    batches = iter(opened.enter_context(Feeder(wanted, workers, device)))
+    batches = taken(wanted, workers, device, count)
 
     def step() -> float:
         batch = next(batches)

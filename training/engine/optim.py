@@ -15,8 +15,15 @@ _NORMALISATIONS = (
 )
 
 
+# Compiled kernels read 16 bytes at once, and torch compiles one for all layers of a kind. DeepSpeed lays the
+# parameters of a group end to end, so that one of an odd size would move all that follow it.
+_ALIGNED_VALUES = 8  # of bfloat16
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Return trainable parameters as two groups, decayed and not, each in the model's order.
+
+    Those whose size is no multiple of 16 bytes (the temperature) come last.
 
     Weight matrices, convolutions and embeddings decay. Biases, normalisations and all that has fewer than two
     dimensions (class token, temperature) do not. What a parameter is, its module's type says: CN-CLIP asks
@@ -32,6 +39,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
             seen.add(id(parameter))
             is_gain_or_shift = isinstance(module, _NORMALISATIONS) or name.endswith("bias")
             (kept if is_gain_or_shift or parameter.squeeze().ndim < 2 else decayed).append(parameter)
+    for group in (decayed, kept):
+        group.sort(key=lambda parameter: parameter.numel() % _ALIGNED_VALUES != 0)
     groups: list[dict[str, object]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},

@@ -1,12 +1,15 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
+import torch
 from torch import nn
 
 from tests.helpers.train_jobs import CONFIG, small_models
 from training.engine.optim import build_optimizer, learning_rate, parameter_groups
-from training.model.clip import build_clip
+from training.model.clip import CLIP, build_clip
+from training.model.config import MODELS
 
 SCHEDULE = dataclasses.replace(CONFIG, peak_learning_rate=2.0, warmup_steps=10)
 
@@ -49,6 +52,19 @@ def test_gains_and_shifts_do_not_decay(name: str) -> None:
     ]
     assert len(norms) > 10
     assert set(norms) <= kept_names
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_laid_end_to_end_every_parameter_starts_at_a_multiple_of_16_bytes(name: str, locked: bool) -> None:
+    with torch.device("meta"):  # no memory
+        clip = CLIP(MODELS[name])
+    if locked:
+        clip.lock_image_tower()
+    for group in parameter_groups(clip, 0.1):
+        sizes = [parameter.numel() for parameter in group["params"]]  # type: ignore[attr-defined]
+        starts = [2 * start for start in itertools.accumulate(sizes, initial=0)][:-1]  # bfloat16
+        assert [start % 16 for start in starts] == [0] * len(sizes)
 
 
 def test_what_is_frozen_is_in_no_group() -> None:
