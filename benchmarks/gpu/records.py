@@ -1,6 +1,7 @@
 """Turn what a run on a GPU machine left into records: a file of benchmarks/results, and shares of a step.
 
     python -m benchmarks.gpu.records out     after a run; out/ has results.jsonl
+    python -m benchmarks.gpu.records a b     the same of several runs, the later ones in place of the earlier
 
 It writes benchmarks/results/gpu_<device>.json with the machine and the commit of this tree, and prints
 where a step's time goes. Results of a CPU are left out: they only stand in for a GPU's.
@@ -15,7 +16,7 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from training.flops import find_device
@@ -26,29 +27,68 @@ GROUPS = {
     "convolution": "products",
     "attention": "attention",
 }  # all else is memory-bound
+# What tells the lines of one step apart
+KEYS = (
+    "step",
+    "name",
+    "shape",
+    "dtype",
+    "kind",
+    "backend",
+    "workers",
+    "model",
+    "precision",
+    "batch",
+    "micro_batch",
+    "variant",
+)
 SHARES = ("products", "attention", "memory-bound", "host", "idle")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path, help="the folder that the run wrote")
+    parser.add_argument("out", type=Path, nargs="+", help="the folders that runs wrote")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    path = options.out / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = latest(
+        json.loads(line)
+        for out in options.out
+        for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     print(shares_table(lines))
     try:
         machine, kept = records_of(lines)
     except ValueError as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
+        print(f"error: {', '.join(map(str, options.out))}: {error}", file=sys.stderr)
         return 1
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     device = re.sub(r"[^a-z0-9]+", "_", machine.partition(",")[0].lower())
     target = options.results / f"gpu_{device}.json"
-    body = {"commit": commit, "machine": machine, "results": kept, "shares": shares_of(lines)}
+    body = {
+        "commit": commit,
+        "machine": machine,
+        "results": kept,
+        "shares": shares_of(lines),
+        "observed": observed(lines),
+    }
     target.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {target}")
     return 0
+
+
+def latest(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the last of the lines that measured the same thing, in the order of the first."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for line in lines:
+        found[_device(line), *(line.get(key) for key in KEYS)] = line
+    return list(found.values())
+
+
+def observed(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what has no peer: the machine's ceilings, checks, rates."""
+    return [
+        dict(line) for line in lines if "ours" not in line and not str(line["name"]).startswith("profile/")
+    ]
 
 
 def records_of(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """What a run on a GPU machine left, as records and shares; the results here stand in for a GPU's."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,37 @@ def test_records_have_the_devices_name_and_a_steps_shares(
     ):
         assert write(*lines) == 1
         assert why in capsys.readouterr().err
+
+
+def test_later_runs_replace_what_they_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [
+        {"step": "data", "name": "feeder", "workers": workers, "images_per_s": 500.0} for workers in (1, 2)
+    ]
+    for name, lines in (
+        ("first", [STEP, *rates]),
+        ("second", [{**STEP, "ours": 2000}, {**rates[1], "images_per_s": 900.0}]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    monkeypatch.setattr("sys.argv", ["records", *folders, "--results", str(tmp_path)])
+    assert records.main() == 0
+    body = json.loads((tmp_path / "gpu_nvidia_h100_80gb_hbm3.json").read_text())
+    assert [row["ours"] for row in body["results"]] == [2000]
+    assert [(line["workers"], line["images_per_s"]) for line in body["observed"]] == [(1, 500.0), (2, 900.0)]
+
+
+def test_steps_take_turns_and_none_waits_for_those_after_it() -> None:
+    from benchmarks.gpu.steps import taking_turns
+
+    begun = []
+
+    def comparison(model: str, peers: int) -> Iterator[dict[str, Any]]:
+        for peer in range(peers):
+            begun.append((model, peer))
+            yield {"model": model, "peer": peer}
+
+    turns = taking_turns([comparison("B", 2), comparison("L", 1)])
+    assert next(turns) == {"model": "B", "peer": 0}
+    assert begun == [("B", 0)]
+    assert [(found["model"], found["peer"]) for found in turns] == [("L", 0), ("B", 1)]
