@@ -335,20 +335,29 @@ def negation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def arms(name: str, peer_of: Callable[[str], str | None]) -> Callable[[Mapping[str, Any]], Any]:
-    """Return a function that yields each arm's recall on each set, in the mean over seeds, against a peer."""
+    """Return a function that yields each arm's recall on each set against a peer's, of the seeds of both."""
 
     def results(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        recalls: dict[tuple[str, str], list[float]] = {}
+        of_arm: dict[str, dict[int, Any]] = {}
         for run in found["runs"]:
-            for evaluation, recall in run["recall"].items():
-                recalls.setdefault((run["arm"], evaluation), []).append(recall)
-        for (arm, evaluation), values in recalls.items():
+            of_arm.setdefault(run["arm"], {})[run["seed"]] = run
+        for arm, runs in of_arm.items():
             peer = peer_of(arm)
-            if peer is not None and peer != arm:
-                mean = statistics.fmean(recalls[peer, evaluation])
-                yield trained(
-                    f"{name}@{arm}, {evaluation}, {len(values)} seeds", statistics.fmean(values), mean
+            seeds = sorted(runs.keys() & of_arm.get(peer or "", {}).keys())
+            if peer is None or peer == arm or not seeds:
+                continue
+            last = runs[seeds[-1]]
+            for evaluation in last["recall"]:
+                ours, its = (
+                    statistics.fmean(side[seed]["recall"][evaluation] for seed in seeds)
+                    for side in (runs, of_arm[peer])
                 )
+                measured = f"{evaluation}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+                yield {
+                    **trained(f"{name}@{arm}, {measured}", ours, its),
+                    "machine": last["machine"],
+                    "commit": last["commit"],
+                }
 
     return results
 

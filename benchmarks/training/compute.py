@@ -6,7 +6,8 @@
 
 Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
 the paper's two stages: the tower locked for a third of the epochs, then everything trained. Each other arm
-changes one thing, and `together` has several of them. Recall is that after the last step, on drawings in
+changes one thing, and `together` has several of them. What comes first in an arm without stage 1 has stage
+1's learning rate, as in training/recipes/fast.toml. Recall is that after the last step, on drawings in
 styles never seen and of concepts never seen; curves have it after every epoch, too. FLOPs are those of matrix
 products and convolutions, forward and backward, as `cnclip plan` counts them; seconds are by the clock, and
 CPU seconds of all processes, with validation and start.
@@ -134,8 +135,11 @@ def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[T
                 epochs=max(1, round(whole * changes["phase"])),
                 image_size_px=changes.get("image_size_px"),
                 patch_mask=changes.get("mask"),
+                peak_learning_rate=None if share1 else stage1.peak_learning_rate,
             ),
         )
+    elif not share1:
+        own["peak_learning_rate"] = stage1.peak_learning_rate
     stage = dataclasses.replace(stage2, epochs=last, phases=phases, **often, **own)
     trainings += [config for _, config in with_phases("stage2", stage)]
     legs: list[TrainJob] = []

@@ -4,6 +4,8 @@ import re
 
 from benchmarks import readme
 
+MEASURED = {"machine": "m", "commit": "c"}
+
 
 def test_the_page_is_what_the_results_give() -> None:
     assert readme.README.read_text(encoding="utf-8") == readme.page(), "run python -m benchmarks.readme"
@@ -34,7 +36,7 @@ def test_arms_stand_against_their_peer_in_the_mean_over_seeds() -> None:
         names = [(arm, seed) for arm in means for seed in (0, 1)]
         return {
             "runs": [
-                {"arm": arm, "seed": seed, "recall": {"style": means[arm] + seed - 0.5}}
+                {"arm": arm, "seed": seed, "recall": {"style": means[arm] + seed - 0.5}} | MEASURED
                 for arm, seed in names
             ]
         }
@@ -45,3 +47,13 @@ def test_arms_stand_against_their_peer_in_the_mean_over_seeds() -> None:
     locked = {"locked, seen": 20.0, "not locked, seen": 25.0}
     (row,) = readme.rows_of("locking", runs(**locked))
     assert (row.ours, row.peer) == (20.0, 25.0)
+
+
+def test_an_arm_is_compared_with_its_peer_on_the_seeds_of_both() -> None:
+    def run(arm: str, seed: int, recall: float) -> dict[str, object]:
+        return {"arm": arm, "seed": seed, "recall": {"style": recall}, "machine": "m", "commit": f"c{seed}"}
+
+    runs = [run("paper", 0, 10.0), run("paper", 1, 20.0), run("cheap", 1, 15.0), run("cheap", 2, 90.0)]
+    (row,) = readme.rows_of("compute", {"runs": [*runs, run("alone", 5, 1.0)]})
+    assert (row.name, row.ours, row.peer) == ("compute@cheap, style, 1 seed", 15.0, 20.0)
+    assert (row.machine, row.commit) == ("m", "c1")
