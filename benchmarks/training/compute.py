@@ -235,11 +235,11 @@ def plot(runs: Sequence[Run], path: str) -> None:
             found = [run for run in runs if run["arm"] == name]
             # Seeds take the same steps, so that their curves have points at nearly the same FLOPs.
             flops, recalls = np.mean([run["curve"] for run in found], axis=0).T
-            (drawn,) = axes.plot(flops, recalls, lw=1, label=name)
+            (drawn,) = axes.plot(1000 * flops, recalls, lw=1, label=name)
             ends = [np.mean([run["recall"][one] for one in SETS]) for run in found]
-            axes.scatter([run["petaflops"] for run in found], ends, s=14, color=drawn.get_color())
-        axes.set_xscale("log")
-        axes.set_xlabel("petaFLOPs")
+            axes.scatter([1000 * run["petaflops"] for run in found], ends, s=14, color=drawn.get_color())
+        axes.set_xlim(left=0)
+        axes.set_xlabel("teraFLOPs")
         axes.set_ylabel("mean recall on styles and concepts never seen, %")
         axes.legend(frameon=False, fontsize=7)
         figure.savefig(path, format="svg", metadata={"Date": None})
