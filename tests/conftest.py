@@ -1,5 +1,6 @@
 """What every test module starts from."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,11 @@ _LONGEST = (
     "tests/training/model/test_full_size.py", "tests/faults/test_store_faults.py",
     "tests/pipeline/executors/test_ray.py", "tests/faults/test_orphans.py", "tests/faults/test_indices.py",
 )  # fmt: skip
+
+
+# A shell has what it starts in the background ignore Ctrl-C, and so what that starts; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
