@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.harness import RESULTS, machine
 from pipeline.catalog import RANK_MODULE, load
+from pipeline.core import store
 from pipeline.core.run import make_context
 from pipeline.law.grid import recalls_at_the_end
 from training.config.job import TrainJob
@@ -176,7 +177,7 @@ def record_runs(path: Path, what: str, found: Sequence[Run], arms: Sequence[str]
     """Add finished runs to a results file; return all that it has now, in the order of `arms`.
 
     Runs of other arms and seeds stay: of earlier calls, on other machines too. `what` names the settings
-    that all have in common, and `facts` go beside it.
+    that all have in common, and `facts` stand next to it.
 
     Raises:
         SystemExit: if the file has runs of other settings, which stay as they are.
@@ -185,12 +186,16 @@ def record_runs(path: Path, what: str, found: Sequence[Run], arms: Sequence[str]
     if not found:
         return recorded
     merged = {(run["arm"], run["seed"]): run for run in [*recorded, *found]}
-    runs = sorted(merged.values(), key=lambda run: (arms.index(run["arm"]), run["seed"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"what": what, **facts, "runs": runs}, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    place = {arm: number for number, arm in enumerate(arms)}  # an arm that is no longer there comes last
+    runs = sorted(merged.values(), key=lambda run: (place.get(run["arm"], len(arms)), run["seed"]))
+    write_report(path, {"what": what, **facts, "runs": runs})
     print(f"wrote {path}: {len(runs)} runs")
     return runs
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a results file, whole or not at all; its folder is made if it is not there."""
+    store.write_text(str(path), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_runs(path: Path, what: str) -> list[Run]:

@@ -29,6 +29,7 @@ from benchmarks.training.arms import (
     parser,
     seconds_of,
     train_arms,
+    write_report,
 )
 
 VIEWS = (0, 8, 4, 1)  # 0: live
@@ -86,9 +87,7 @@ def main() -> int:
     }
     print(json.dumps(report))
     if done:
-        (options.results / "cached_views.json").write_text(
-            json.dumps(report, indent=1) + "\n", encoding="utf-8"
-        )
+        write_report(options.results / "cached_views.json", report)
     return 0
 
 

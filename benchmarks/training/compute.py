@@ -12,7 +12,7 @@ styles never seen and of concepts never seen; curves have it after every epoch, 
 products and convolutions, forward and backward, as `cnclip plan` counts them; seconds are by the clock, and
 CPU seconds of all processes, with validation and start.
 
-Every call writes the finished runs into benchmarks/results/compute.{json,svg}, beside those of earlier calls
+Every call writes the finished runs into benchmarks/results/compute.{json,svg}, next to those of earlier calls
 with the same settings, so that arms and seeds can be spread over days and machines. A share of the paper's
 cost is that within one seed; it says nothing about seconds if the two ran on different machines.
 """

@@ -32,6 +32,7 @@ from benchmarks.training.arms import (
     mean_and_spread,
     parser,
     train_arms,
+    write_report,
 )
 from training.config.job import TrainJob
 
@@ -71,7 +72,7 @@ def main() -> int:
         print(finding)
     print(json.dumps(report))
     if len(curves) == 3 and all(len(of_seeds) == len(options.seeds) for of_seeds in curves.values()):
-        (options.results / "figure2.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(options.results / "figure2.json", report)
         plot(curves, str(options.results / "figure2.svg"))
     return 0
 

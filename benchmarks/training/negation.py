@@ -33,6 +33,7 @@ from benchmarks.training.arms import (
     mean_and_spread,
     parser,
     train_arms,
+    write_report,
 )
 from data_prep.corpora.demo_scenes import SHAPES
 from eval.datasets.cnclip_tsv import read_evaluation
@@ -93,8 +94,7 @@ def main() -> int:
     }
     print(json.dumps(report, ensure_ascii=False))
     if all(map(is_finished, legs.values())):
-        path = options.results / "negation.json"
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(options.results / "negation.json", report)
     return 0
 
 

@@ -27,6 +27,17 @@ CONFIG = TrainConfig(
     save_every_steps=3,
     validate_every_steps=4,
 )
+# For what only reads the files of a training; give it a folder.
+UNTRAINED_JOB = TrainJob(
+    stage="stage1",
+    model="small-vit",
+    seed=0,
+    shards=(),
+    vocabulary="vocab.txt",
+    config=CONFIG,
+    folder="",
+    output_model="",
+)
 
 
 def build_config(changes: Mapping[str, Any]) -> TrainConfig:

@@ -9,20 +9,10 @@ import pytest
 
 from benchmarks.training.arms import record_runs
 from benchmarks.training.compute import curve_of, plot, print_table
+from tests.helpers.train_jobs import UNTRAINED_JOB
 from training.config.job import TrainJob
-from training.config.train import TrainConfig
 
 ORDER = ["paper", "cheap"]
-JOB = TrainJob(
-    stage="stage2",
-    model="small-vit",
-    seed=0,
-    shards=(),
-    vocabulary="vocab.txt",
-    config=TrainConfig(epochs=1),
-    folder="",
-    output_model="",
-)
 
 
 def run(arm: str, seed: int, recall: float = 10.0, machine: str = "mine") -> dict[str, object]:
@@ -82,7 +72,7 @@ def write_leg(folder: Path, points: Mapping[int, tuple[float, float]], teraflops
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     log = [{"step": step, "teraflops": teraflops, "seconds": 1000.0} for step in (1, 2)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    return dataclasses.replace(JOB, folder=str(folder))
+    return dataclasses.replace(UNTRAINED_JOB, folder=str(folder))
 
 
 def test_the_curve_of_several_trainings_counts_the_flops_of_those_before(tmp_path: Path) -> None:

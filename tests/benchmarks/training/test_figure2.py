@@ -8,19 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from training.config.job import TrainJob
-from training.config.train import TrainConfig
-
-JOB = TrainJob(
-    stage="stage1",
-    model="tiny-rn",
-    seed=0,
-    shards=(),
-    vocabulary="vocab.txt",
-    config=TrainConfig(epochs=1),
-    folder="",
-    output_model="",
-)
+from tests.helpers.train_jobs import UNTRAINED_JOB
 
 
 @pytest.fixture
@@ -62,7 +50,7 @@ def test_the_second_stage_s_samples_come_after_the_first_s(figure2: ModuleType, 
             for seen, value in points.items()
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        legs.append(dataclasses.replace(JOB, folder=str(folder)))
+        legs.append(dataclasses.replace(UNTRAINED_JOB, folder=str(folder)))
     assert figure2._joined(legs) == {0: 1.0, 128: 5.0, 384: 9.0}
 
 
