@@ -46,7 +46,7 @@ MEMORY_GIB: Mapping[str, float] = MappingProxyType(
         "T4": 16,
     }
 )
-
+MUON_ITERATIONS = 5  # Newton-Schulz iterations of each matrix in a step (Jordan et al. 2024)
 
 WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores only know float16
 
@@ -118,10 +118,35 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
     work. Nor is a teacher, nor what is learned from statements. A locked tower has no backward pass, and none
     at all if its features are cached.
     """
-    text = 3 * text_forward(model.text, tokens)
+    flops = 3 * text_forward(model.text, tokens)
+    if config.optimizer == "muon":
+        flops += muon_step(model, locks_image=config.lock_image) / config.global_batch
     if config.cached_views:
-        return text
-    return text + image_forward(model, config.patch_mask) * (1 if config.lock_image else 3)
+        return flops
+    return flops + image_forward(model, config.patch_mask) * (1 if config.lock_image else 3)
+
+
+def muon_step(model: ModelConfig, *, locks_image: bool) -> float:
+    """Return the FLOPs of Muon's own matrix products in a step (`training.engine.muon`)."""
+    width = model.text.width
+    shapes = [(width, width)] * 4 * model.text.layers + [(width, 4 * width)] * 2 * model.text.layers
+    shapes.append((width, model.embed_dim))
+    if not locks_image:
+        shapes += _image_matrices(model)
+    total = 0.0
+    for shape in shapes:
+        short, long = min(shape), max(shape)
+        total += MUON_ITERATIONS * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def _image_matrices(model: ModelConfig) -> list[tuple[int, int]]:
+    config = model.vision
+    if isinstance(config, VisionTransformerConfig):
+        width, wide = config.width, config.feed_forward_width
+        block = [(3 * width, width), (width, width), (wide, width), (width, wide)]
+        return block * config.layers + [(model.embed_dim, width)]
+    return [(config.width, config.width)] * 3 + [(model.embed_dim, config.width)]  # attention pooling
 
 
 def _block(tokens: float, width: int, feed_forward: int) -> float:

@@ -5,16 +5,21 @@
     python benchmarks/training/compute.py --seconds 9000  # in one go
 
 Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
-the paper's two stages: the tower locked for a third of the epochs, then everything trained. Each other arm
-changes one thing, and `together` has several of them. What comes first in an arm without stage 1 has stage
-1's learning rate, as in training/recipes/fast.toml. Recall is that after the last step, on drawings in
-styles never seen and of concepts never seen; curves have it after every epoch, too. FLOPs are those of matrix
-products and convolutions, forward and backward, as `cnclip plan` counts them; seconds are by the clock, and
-CPU seconds of all processes, with validation and start.
+the paper's two stages with the augmentation of the pictures run: the tower locked for a third of the epochs,
+then everything trained. `together` has all that helped, for a third of the epochs, at half of the images'
+side. Each ingredient is tried twice: by itself, in the paper's stages for a third of the epochs, and left out
+of `together`, for about the same FLOPs. Recall is that after the last step, on drawings in styles never seen
+and of concepts never seen, at the size of image that was trained last; curves have it after every epoch, too.
+
+FLOPs are those of matrix products and convolutions, forward and backward, as `cnclip plan` counts them, and
+those of Muon's own products; seconds are by the clock, and CPU seconds of all processes, with validation and
+start. Every arm is one rank of one thread, so that two calls with different arms share a machine of two
+cores.
 
 Every call writes the finished runs into benchmarks/results/compute.{json,svg}, next to those of earlier calls
 with the same settings, so that arms and seeds can be spread over days and machines. A share of the paper's
-cost is that within one seed; it says nothing about seconds if the two ran on different machines.
+cost is that within one seed; one of seconds is given only where both ran on the same kind of machine, with as
+many ranks.
 """
 
 import sys
@@ -26,7 +31,8 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,23 +53,60 @@ from benchmarks.training.arms import (
 from pipeline.law.grid import flops_of_steps, recalls_at_the_end
 from training.config.job import TrainJob
 from training.config.phases import with_phases
-from training.config.train import PhaseConfig, TrainConfig
+from training.config.train import AugmentConfig, PhaseConfig, TrainConfig
 
 PAPER = "paper"
 SETS = ("style", "concept")
-# What an arm changes in the paper's stage 2, and its epochs of both stages as shares of the paper's.
-ARMS: dict[str, tuple[tuple[float, float], dict[str, Any]]] = {
-    PAPER: ((1.0, 1.0), {}),
-    "a third of the epochs": ((1 / 3, 1 / 3), {}),
-    "without stage 1": ((0.0, 1.0), {}),
-    "several positives": ((1.0, 1.0), {"exclude_duplicates": False, "several_positives": True}),
-    "sigmoid loss": ((1.0, 1.0), {"exclude_duplicates": False, "several_positives": True, "loss": "sigmoid"}),
-    "half of the patches": ((1.0, 0.25), {"mask": 0.5, "phase": 0.75}),
-    "small images first": ((1.0, 0.25), {"image_size_px": 24, "phase": 0.75}),
-    "together": (
-        (0.0, 0.2),
-        {"exclude_duplicates": False, "several_positives": True, "image_size_px": 24, "phase": 0.8},
-    ),
+THIRD = "a third of the epochs"
+TOGETHER = "together"
+MUON = {"optimizer": "muon", "peak_learning_rate": 4e-3}
+POSITIVES = {"exclude_duplicates": False, "several_positives": True}
+HALF_SIDE = {"image_size_px": 24}
+PLAIN = {
+    "augment": AugmentConfig(
+        crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0.0, auto_augment="none"
+    )
+}
+BEST = {**MUON, **POSITIVES, **HALF_SIDE, **PLAIN}
+
+
+class Arm(NamedTuple):
+    """Epochs of stage 1, of a phase before the rest of stage 2, and of that; and what they change.
+
+    Epochs are for nine of the paper's, and grow with them.
+    """
+
+    stage1: int
+    phase: int
+    stage2: int
+    changes: Mapping[str, Any] = MappingProxyType({})  # of all of stage 2
+    of_phase: Mapping[str, Any] = MappingProxyType({})  # only of the phase
+
+
+def _without(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = {key for one in settings for key in one}
+    return {key: value for key, value in BEST.items() if key not in left_out}
+
+
+ARMS: dict[str, Arm] = {
+    PAPER: Arm(3, 0, 6),
+    "paper, images as they are": Arm(3, 0, 6, PLAIN),
+    "paper, Muon": Arm(3, 0, 6, MUON),
+    THIRD: Arm(1, 0, 2),
+    f"{THIRD}, without stage 1": Arm(0, 0, 2),
+    f"{THIRD}, images as they are": Arm(1, 0, 2, PLAIN),
+    f"{THIRD}, Muon": Arm(1, 0, 2, MUON),
+    f"{THIRD}, several positives": Arm(1, 0, 2, POSITIVES),
+    f"{THIRD}, sigmoid loss": Arm(1, 0, 2, {**POSITIVES, "loss": "sigmoid"}),
+    f"{THIRD}, half of the side, more epochs": Arm(1, 3, 1, {}, HALF_SIDE),
+    f"{THIRD}, half of the patches, more epochs": Arm(1, 2, 1, {}, {"patch_mask": 0.5}),
+    TOGETHER: Arm(0, 0, 3, BEST),
+    f"{TOGETHER}, without Muon": Arm(0, 0, 3, _without(MUON)),
+    f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(PLAIN)),
+    f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
+    f"{TOGETHER}, whole images, an epoch": Arm(0, 0, 1, _without(HALF_SIDE)),
+    f"{TOGETHER}, then an epoch of whole images": Arm(0, 3, 1, _without(HALF_SIDE), HALF_SIDE),
+    f"{TOGETHER}, twice as long": Arm(0, 0, 6, BEST),
 }
 
 
@@ -92,7 +135,7 @@ def main() -> int:
     }
     train_arms(experiment, legs)
     found = [
-        {"arm": name, "seed": seed, **header(), **measured(arm)}
+        {"arm": name, "seed": seed, **header(), "ranks": arm[0].config.ranks, **measured(arm)}
         for (name, seed), arm in legs.items()
         if all(map(is_finished, arm))
     ]
@@ -117,36 +160,34 @@ def pictures_experiment(options: argparse.Namespace) -> Experiment:
 
 def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[TrainJob]:
     """Return an arm's trainings in order; each starts with the weights of the one before."""
-    (share1, share2), changes = ARMS[name]
+    arm = ARMS[name]
     stage1, stage2 = experiment.config.stage1, experiment.config.stage2
     assert stage1 is not None
     assert stage2 is not None
-    often: dict[str, Any] = {"validate_every_steps": 0, "validate_every_epoch": True, "save_every_steps": 200}
+
+    def scaled(of_nine: int) -> int:
+        return max(1, round(of_nine * epochs / 9))
+
+    common: dict[str, Any] = {
+        "validate_every_steps": 0,
+        "validate_every_epoch": True,
+        "save_every_steps": 400,
+        "ranks": 1,
+        "checkpoint_activations": False,  # memory is no concern here, and it would take time
+    }
     trainings: list[TrainConfig] = []
-    if share1:
-        trainings.append(dataclasses.replace(stage1, epochs=max(1, round(epochs / 3 * share1)), **often))
-    own = {key: value for key, value in changes.items() if key not in ("phase", "mask", "image_size_px")}
-    whole = epochs - round(epochs / 3)
-    last = max(1, round(whole * share2))
-    phases: tuple[PhaseConfig, ...] = ()
-    if "phase" in changes:
-        phases = (
-            PhaseConfig(
-                epochs=max(1, round(whole * changes["phase"])),
-                image_size_px=changes.get("image_size_px"),
-                patch_mask=changes.get("mask"),
-                peak_learning_rate=None if share1 else stage1.peak_learning_rate,
-            ),
-        )
-    elif not share1:
-        own["peak_learning_rate"] = stage1.peak_learning_rate
-    stage = dataclasses.replace(stage2, epochs=last, phases=phases, **often, **own)
+    if arm.stage1:
+        trainings.append(dataclasses.replace(stage1, epochs=scaled(arm.stage1), **common))
+    rate = stage2.peak_learning_rate if arm.stage1 else stage1.peak_learning_rate
+    everything = {**common, "peak_learning_rate": rate, **arm.changes}
+    phases = (PhaseConfig(epochs=scaled(arm.phase), **arm.of_phase),) if arm.phase else ()
+    stage = dataclasses.replace(stage2, epochs=scaled(arm.stage2), phases=phases, **everything)
     trainings += [config for _, config in with_phases("stage2", stage)]
     legs: list[TrainJob] = []
     for number, config in enumerate(trainings, start=1):
         legs.append(
             experiment.leg(
-                f"{name.replace(' ', '_')}_{number}",
+                f"{name.replace(',', '').replace(' ', '_')}_{number}",
                 seed,
                 config,
                 tower=not legs,
@@ -160,7 +201,7 @@ def measured(legs: Sequence[TrainJob]) -> Run:
     """Return recall at the end, what all legs took, and the mean recall over petaFLOPs on the way."""
     return {
         "recall": {name: round(recall, 2) for name, recall in recalls_at_the_end(legs[-1].folder).items()},
-        "petaflops": round(sum(flops_of_steps(leg.folder) for leg in legs) / 1e15, 3),
+        "petaflops": round(sum(flops_of_steps(leg.folder) for leg in legs) / 1e15, 4),
         "seconds": round(sum(map(seconds_of, legs))),
         "cpu_seconds": round(sum(map(cpu_seconds_of, legs))),
         "samples": sum(max(line["samples_seen"] for line in _lines(leg)) for leg in legs),
@@ -180,7 +221,7 @@ def curve_of(legs: Sequence[TrainJob]) -> list[tuple[float, float]]:
         last = max(of_samples)
         for samples, recalls in of_samples.items():
             if samples:  # the weights at 0 are the end of the leg before
-                points.append((round((before + whole * samples / last) / 1e15, 3), mean(recalls)))
+                points.append((round((before + whole * samples / last) / 1e15, 4), mean(recalls)))
         before += whole
     return points
 
@@ -202,7 +243,7 @@ def print_table(runs: Sequence[Run]) -> None:
     for run in runs:
         of_arm.setdefault(run["arm"], []).append(run)
     paper = {run["seed"]: run for run in of_arm.get(PAPER, [])}
-    print(f"{'arm':<24} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8} {'CPU s':>7}  seeds")
+    print(f"{'arm':<48} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8} {'CPU s':>7}  seeds")
     for name, found in of_arm.items():
         style, concept = (mean_and_spread([run["recall"][one] for run in found]) for one in SETS)
         costs = (
@@ -211,11 +252,16 @@ def print_table(runs: Sequence[Run]) -> None:
             _share(_on_one_machine(found, paper), paper, "cpu_seconds"),
         )
         shares = "{:>7} {:>8} {:>7}".format(*costs)
-        print(f"{name:<24} {style:>12} {concept:>12} {shares}  {len(found)}")
+        print(f"{name:<48} {style:>12} {concept:>12} {shares}  {len(found)}")
 
 
 def _on_one_machine(found: Sequence[Run], paper: Mapping[int, Run]) -> list[Run]:
-    return [run for run in found if run["seed"] in paper and run["machine"] == paper[run["seed"]]["machine"]]
+    def conditions(run: Run) -> tuple[str, int]:
+        return run["machine"], run["ranks"]
+
+    return [
+        run for run in found if run["seed"] in paper and conditions(run) == conditions(paper[run["seed"]])
+    ]
 
 
 def _share(found: Sequence[Run], paper: Mapping[int, Run], key: str) -> str:

@@ -192,12 +192,14 @@ def notices(job: TrainJob) -> str:
         ),
         pytest.param("zero0", 1, "ZeRO stage 1 → 0", marks=pytest.mark.slow),
         pytest.param("zero2", 3, "ZeRO stage 1 → 2", marks=pytest.mark.slow),
+        pytest.param("zero2 muon", 3, "ZeRO stage 1 → 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_continues_on_other_ranks_in_another_zero_stage(
     tmp_path: Path, deepspeed: str, ranks: int, said: str
 ) -> None:
-    whole = make_job(tmp_path, "whole", ranks=2)
+    deepspeed, _, optimizer = deepspeed.partition(" ")
+    whole = make_job(tmp_path, "whole", ranks=2, optimizer=optimizer or "adamw")
     run_ranks(train_rank_without_dropout, 2, whole)
     config = dataclasses.replace(whole.config, ranks=ranks, deepspeed=deepspeed)
     continued = dataclasses.replace(whole, config=config)
@@ -325,8 +327,17 @@ def test_killed_while_it_draws_captions_it_ends_in_the_same_bytes(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_killed_and_launched_again_gives_the_bytes_of_a_run_that_was_not(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"model": "small-rn", "ranks": 2, "epochs": 4, "save_every_steps": 4}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_and_launched_again_gives_the_bytes_of_a_run_that_was_not(
+    tmp_path: Path, optimizer: str
+) -> None:
+    changes: dict[str, Any] = {
+        "model": "small-rn",
+        "optimizer": optimizer,
+        "ranks": 2,
+        "epochs": 4,
+        "save_every_steps": 4,
+    }
     whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
     run_ranks(train_rank, 2, whole)
     with pytest.raises(AssertionError, match="the rank died"):

@@ -30,9 +30,9 @@ from training.checkpoint.host_memory import HostMemory
 from training.engine.engine import load_weights
 from training.engine.towers import Engine
 from training.engine.zero_state import (
-    MOMENTS,
     adam_of,
     loss_scaling,
+    moments_of,
     set_loss_scaling,
     set_moment,
     whole_moment,
@@ -79,7 +79,7 @@ def gather_state(engine: Engine, step: int, memory: HostMemory) -> TrainState:
     moments = {}
     for name, parameter in engine.module.clip.named_parameters():
         if parameter.requires_grad:
-            for moment in MOMENTS:
+            for moment in moments_of(engine, parameter):
                 whole = whole_moment(engine, parameter, moment)
                 if dist.get_rank() == 0:
                     moments[f"{moment}.{name}"] = memory.copy(f"{moment}.{name}", whole)
@@ -117,7 +117,7 @@ def restore_state(engine: Engine, state: TrainState) -> None:
         values["step"].fill_(state.step if state.num_updates is None else state.num_updates)
     for name, parameter in engine.module.clip.named_parameters():
         if parameter.requires_grad:
-            for moment in MOMENTS:
+            for moment in moments_of(engine, parameter):
                 set_moment(engine, parameter, state.moments[f"{moment}.{name}"], moment)
     scaling = {
         name.removeprefix(_LOSS_SCALING): value.item()

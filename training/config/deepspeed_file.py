@@ -112,6 +112,11 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
         if key not in ZERO_KEYS:
             near = ", ".join(difflib.get_close_matches(key, ZERO_KEYS, 1) or ZERO_KEYS)
             raise ConfigError(f"{name}: zero_optimization.{key}: unknown to DeepSpeed; did you mean {near}?")
+    if settings.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ConfigError(
+            f"{name}: zero_optimization.round_robin_gradients: DeepSpeed takes the float32 weights of one"
+            " parameter for another's then, and all checkpoints would be wrong; leave it out"
+        )
     if (half := half_of(settings)) and stage == 0:
         raise ConfigError(
             f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"

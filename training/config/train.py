@@ -155,6 +155,10 @@ class TrainConfig:
     """
     global_batch: PositiveInt = 32_768
     """Samples per optimizer step over all ranks (Table 8)."""
+    optimizer: Literal["adamw", "muon"] = field(default="adamw", metadata=IN_DIGEST_IF_SET)
+    """`adamw` for all weights (Table 8), or `muon` for the matrices of both towers (Jordan et al. 2024), with
+    steps of AdamW's size (Liu et al. 2025), and AdamW for convolutions, embeddings, biases and gains.
+    """
     peak_learning_rate: Positive = 1e-4
     """Learning rate after the warm-up; a cosine then takes it to 0 (Table 8)."""
     warmup_steps: NotNegativeInt = 5_000
@@ -366,6 +370,14 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             f"[{stage}.averages] with {config.deepspeed}, which is ZeRO 3: no rank has whole weights to"
             " average; use a lower stage or leave averages out"
         )
+    if config.optimizer == "muon":
+        zero = settings.get("zero_optimization", {})
+        if zero.get("stage") == 3 or zero.get("cpu_offload") or "offload_optimizer" in zero:
+            raise ConfigError(
+                f'[{stage}] optimizer = "muon", but {config.deepspeed} is ZeRO 3 or keeps the optimizer in'
+                " host memory: Muon needs whole matrices on the device; use zero1 or zero2, or the optimizer"
+                " adamw"
+            )
     check_model(config.deepspeed, model, stage)
     if config.fp8:
         check_float8(config.deepspeed, model, locks_image=config.lock_image, stage=stage)

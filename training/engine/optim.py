@@ -1,11 +1,13 @@
-"""AdamW's parameter groups and the learning rate of every step (paper, Table 8)."""
+"""The optimizer's parameter groups and the learning rate of every step (paper, Table 8)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from training.config.train import TrainConfig
+from training.engine.muon import MuonAdamW
 
 # Modules whose parameters are gains and shifts, not maps between spaces: they are not decayed.
 _NORMALISATIONS = (
@@ -20,7 +22,7 @@ _NORMALISATIONS = (
 _ALIGNED_VALUES = 8  # of bfloat16
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return trainable parameters as two groups, decayed and not, each in the model's order.
 
     Those whose size is no multiple of 16 bytes (the temperature) come last.
@@ -41,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
             (kept if is_gain_or_shift or parameter.squeeze().ndim < 2 else decayed).append(parameter)
     for group in (decayed, kept):
         group.sort(key=lambda parameter: parameter.numel() % _ALIGNED_VALUES != 0)
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
@@ -49,14 +51,37 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Build torch's own AdamW, so that DeepSpeed compiles none."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=0.0,  # `learning_rate` sets it before every step
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    """Build torch's own AdamW, so that DeepSpeed compiles none, or Muon around it."""
+    groups = parameter_groups(model, config.weight_decay)
+    settings: dict[str, Any] = {
+        "lr": 0.0,  # `learning_rate` sets it before every step
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+        "fused": True,
+    }
+    if config.optimizer == "muon":
+        return MuonAdamW(_with_matrices_apart(groups, _matrices(model)), **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def _matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights that Muon trains: maps from features to features.
+
+    Convolutions, embeddings, the patches' among them, and position embeddings are AdamW's.
+    """
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names.add("text_projection")
+    return {parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def _with_matrices_apart(groups: list[dict[str, Any]], matrices: set[nn.Parameter]) -> list[dict[str, Any]]:
+    apart = []
+    for group in groups:
+        for is_muon in (True, False):
+            chosen = [parameter for parameter in group["params"] if (parameter in matrices) == is_muon]
+            if chosen:
+                apart.append({**group, "params": chosen, "is_muon": is_muon})
+    return apart
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

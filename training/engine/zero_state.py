@@ -23,11 +23,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from training.engine.muon import MuonAdamW
 from training.engine.towers import Engine
 
 # What DeepSpeed's DynamicLossScaler changes as it goes
 _LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
+MUON_MOMENTS = ("exp_avg",)
 
 
 def adam_of(engine: Engine) -> torch.optim.AdamW:
@@ -46,14 +48,27 @@ def make_adam_state(engine: Engine) -> None:
     adam = adam_of(engine)
     # Stage 3's groups are empty between steps: it lends Adam one flat part at a time.
     flat_parts = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    parameters = flat_parts or [parameter for group in adam.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        adam.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-        }
+    groups = [{"params": flat_parts}] if flat_parts else adam.param_groups
+    for group in groups:
+        for parameter in group["params"]:
+            moments = MUON_MOMENTS if group.get("is_muon") else MOMENTS
+            adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in moments},
+            }
+    if isinstance(adam, MuonAdamW) and engine.zero_optimization():
+        laid = engine.optimizer.round_robin_bit16_groups, engine.optimizer.round_robin_bit16_offsets
+        for group, wholes, starts in zip(adam.param_groups, *laid, strict=True):
+            group["places"] = [(start, whole.shape) for start, whole in zip(starts, wholes, strict=True)]
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def moments_of(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Return which of the MOMENTS the optimizer has of a trained parameter."""
+    adam = adam_of(engine)
+    is_muons = isinstance(adam, MuonAdamW) and parameter in adam.matrices
+    return MUON_MOMENTS if is_muons else MOMENTS
 
 
 def whole_weight(parameter: nn.Parameter) -> Tensor:

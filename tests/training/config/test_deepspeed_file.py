@@ -56,6 +56,10 @@ def test_shipped_files_are_as_they_are_named() -> None:
             {"zero_optimization": {"stage": 4}},
             r"mine.json: zero_optimization.stage: found 4; must be 0, 1, 2",
         ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            r"mine.json: zero_optimization.round_robin_gradients: .* leave it out",
+        ),
         ({"zero_optimization": 1}, r"mine.json: zero_optimization: found 1; must be an object"),
         ([1], r"mine.json: found list; a DeepSpeed file is one object"),
         ({"fp16": {"enabled": True}}, r"mine.json: fp16 at ZeRO stage 0 takes a wrong first Adam step"),
