@@ -26,10 +26,18 @@ from pipeline.core import store
 from pipeline.core.run import make_context
 from pipeline.law.grid import recalls_at_the_end
 from training.config.job import TrainJob
-from training.config.train import TrainConfig
+from training.config.train import AugmentConfig, TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 
+# What helps most of all that compute.py tries, as settings of a stage
+MUON: Mapping[str, Any] = {"optimizer": "muon", "peak_learning_rate": 4e-3}
+POSITIVES: Mapping[str, Any] = {"exclude_duplicates": False, "several_positives": True}
+AS_THEY_ARE: Mapping[str, Any] = {
+    "augment": AugmentConfig(
+        crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0.0, auto_augment="none"
+    )
+}
 STARTED = time.monotonic()  # of this call, whose --seconds all its trainings share
 
 

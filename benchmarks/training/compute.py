@@ -37,6 +37,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.training.arms import (
+    AS_THEY_ARE,
+    MUON,
+    POSITIVES,
     Experiment,
     OutOfTime,
     Run,
@@ -53,21 +56,14 @@ from benchmarks.training.arms import (
 from pipeline.law.grid import flops_of_steps, recalls_at_the_end
 from training.config.job import TrainJob
 from training.config.phases import with_phases
-from training.config.train import AugmentConfig, PhaseConfig, TrainConfig
+from training.config.train import PhaseConfig, TrainConfig
 
 PAPER = "paper"
 SETS = ("style", "concept")
 THIRD = "a third of the epochs"
 TOGETHER = "together"
-MUON = {"optimizer": "muon", "peak_learning_rate": 4e-3}
-POSITIVES = {"exclude_duplicates": False, "several_positives": True}
 HALF_SIDE = {"image_size_px": 24}
-PLAIN = {
-    "augment": AugmentConfig(
-        crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0.0, auto_augment="none"
-    )
-}
-BEST = {**MUON, **POSITIVES, **HALF_SIDE, **PLAIN}
+BEST = {**MUON, **POSITIVES, **HALF_SIDE, **AS_THEY_ARE}
 
 
 class Arm(NamedTuple):
@@ -90,11 +86,11 @@ def _without(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 ARMS: dict[str, Arm] = {
     PAPER: Arm(3, 0, 6),
-    "paper, images as they are": Arm(3, 0, 6, PLAIN),
+    "paper, images as they are": Arm(3, 0, 6, AS_THEY_ARE),
     "paper, Muon": Arm(3, 0, 6, MUON),
     THIRD: Arm(1, 0, 2),
     f"{THIRD}, without stage 1": Arm(0, 0, 2),
-    f"{THIRD}, images as they are": Arm(1, 0, 2, PLAIN),
+    f"{THIRD}, images as they are": Arm(1, 0, 2, AS_THEY_ARE),
     f"{THIRD}, Muon": Arm(1, 0, 2, MUON),
     f"{THIRD}, several positives": Arm(1, 0, 2, POSITIVES),
     f"{THIRD}, sigmoid loss": Arm(1, 0, 2, {**POSITIVES, "loss": "sigmoid"}),
@@ -102,7 +98,7 @@ ARMS: dict[str, Arm] = {
     f"{THIRD}, half of the patches, more epochs": Arm(1, 2, 1, {}, {"patch_mask": 0.5}),
     TOGETHER: Arm(0, 0, 3, BEST),
     f"{TOGETHER}, without Muon": Arm(0, 0, 3, _without(MUON)),
-    f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(PLAIN)),
+    f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(AS_THEY_ARE)),
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
     f"{TOGETHER}, whole images, an epoch": Arm(0, 0, 1, _without(HALF_SIDE)),
     f"{TOGETHER}, then an epoch of whole images": Arm(0, 3, 1, _without(HALF_SIDE), HALF_SIDE),

@@ -7,6 +7,7 @@ collectives: every rank calls them, for the same parameters in the same order.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
@@ -57,11 +58,25 @@ def make_adam_state(engine: Engine) -> None:
                 **{moment: torch.zeros_like(parameter) for moment in moments},
             }
     if isinstance(adam, MuonAdamW) and engine.zero_optimization():
-        laid = engine.optimizer.round_robin_bit16_groups, engine.optimizer.round_robin_bit16_offsets
-        for group, wholes, starts in zip(adam.param_groups, *laid, strict=True):
-            group["places"] = [(start, whole.shape) for start, whole in zip(starts, wholes, strict=True)]
+        for group, places in zip(adam.param_groups, _places(engine), strict=True):
+            group["places"] = places
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _places(engine: Engine) -> list[list[tuple[int, torch.Size]]]:
+    """Return where each parameter starts in its group's flat vector, and its shape, at ZeRO 1 and 2."""
+    optimizer = engine.optimizer
+    groups = getattr(optimizer, "bf16_groups", None)  # of the optimizer that has bfloat16 weights at ZeRO 1
+    if groups is None:
+        groups, starts = optimizer.bit16_groups, optimizer.round_robin_bit16_offsets
+    else:
+        sizes = [[whole.numel() for whole in group] for group in groups]
+        starts = [list(accumulate(each, initial=0))[:-1] for each in sizes]  # end to end
+    return [
+        [(start, whole.shape) for start, whole in zip(of_group, group, strict=True)]
+        for of_group, group in zip(starts, groups, strict=True)
+    ]
 
 
 def moments_of(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:

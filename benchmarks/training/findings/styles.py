@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.arms import Experiment
+from benchmarks.training.arms import AS_THEY_ARE, MUON, POSITIVES, Experiment
 from training.config.train import TrainConfig
 
 
@@ -53,15 +53,21 @@ def styles_experiment(
 
 
 def whole_training(experiment: Experiment, epochs: int, **changes: Any) -> TrainConfig:
-    """Return one training of both towers from its first step on: stage 2's settings at stage 1's rate."""
-    stage1, stage2 = experiment.config.stage1, experiment.config.stage2
-    assert stage1 is not None
+    """Return one training of both towers from its first step on, by what `compute.py` found to learn fastest.
+
+    One rank of one thread, so that two calls with different seeds share a machine of two cores.
+    """
+    stage2 = experiment.config.stage2
     assert stage2 is not None
     own: dict[str, Any] = {
+        **MUON,
+        **POSITIVES,
+        **AS_THEY_ARE,
         "epochs": epochs,
-        "peak_learning_rate": stage1.peak_learning_rate,
+        "ranks": 1,
+        "checkpoint_activations": False,
         "validate_every_steps": 0,
-        "save_every_steps": 100,
+        "save_every_steps": 200,
         **changes,
     }
     return dataclasses.replace(stage2, **own)

@@ -15,12 +15,15 @@ from training.config.job import TrainJob
 ORDER = ["paper", "cheap"]
 
 
-def run(arm: str, seed: int, recall: float = 10.0, machine: str = "mine") -> dict[str, object]:
+def run(
+    arm: str, seed: int, recall: float = 10.0, machine: str = "mine", ranks: int = 1
+) -> dict[str, object]:
     cost = 10.0 if arm == "paper" else 2.0
     return {
         "arm": arm,
         "seed": seed,
         "machine": machine,
+        "ranks": ranks,
         "recall": {"style": recall, "concept": recall / 2},
         "petaflops": cost,
         "seconds": 100 * cost,
@@ -58,8 +61,9 @@ def test_shares_are_those_of_the_same_seed_and_seconds_those_of_one_machine(
     print_table([run("paper", 0), run("paper", 1), run("cheap", 0), elsewhere, alone])
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last == ["cheap", "10.0", "±", "0.0", "5.0", "±", "0.0", "20%", "20%", "20%", "3"]
-    print_table([run("paper", 1), elsewhere])
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["cheap", "10.0", "5.0", "20%", "1"]
+    for other in (elsewhere, run("cheap", 1, ranks=2)):
+        print_table([run("paper", 1), other])
+        assert capsys.readouterr().out.splitlines()[-1].split() == ["cheap", "10.0", "5.0", "20%", "1"]
 
 
 def write_leg(folder: Path, points: Mapping[int, tuple[float, float]], teraflops: float) -> TrainJob:

@@ -112,6 +112,20 @@ def test_ranks_that_share_matrices_take_the_steps_of_one(tmp_path: Path, deepspe
         assert (found[name] - expected[name]).norm() < 1e-2 * moved, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero1_bf16", "zero2_bf16", "zero1_autocast"])
+def test_half_precision_stays_in_its_band(tmp_path: Path, deepspeed: str) -> None:
+    one = job_of_20_steps(tmp_path, "one", optimizer="muon", deepspeed="zero0", max_gradient_norm=1.0)
+    run_ranks(train_without_dropout, 1, one)
+    half = dataclasses.replace(one.config, deepspeed=deepspeed, ranks=2, micro_batch=3)
+    two = dataclasses.replace(one, config=half, folder=str(tmp_path / "two"))
+    two = dataclasses.replace(two, output_model=f"{two.folder}/model.safetensors")
+    Path(two.folder).mkdir()
+    run_ranks(train_without_dropout, 2, two)
+    np.testing.assert_allclose(losses(two), losses(one), atol=0.05)
+    assert max(np.abs(np.subtract(losses(two), losses(one)))) > 1e-6  # else nothing was in 16 bits
+
+
 def test_a_step_with_an_infinite_gradient_changes_nothing() -> None:
     weight, gain = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(8))
     groups: list[dict[str, Any]] = [{"params": [weight], "is_muon": True}, {"params": [gain]}]
