@@ -30,7 +30,7 @@ from training.config.train import AugmentConfig, TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 
-# What helps most of all that compute.py tries, as settings of a stage
+# What helps small-vit most of all that compute.py tries, as settings of a stage
 MUON: Mapping[str, Any] = {"optimizer": "muon", "peak_learning_rate": 4e-3}
 POSITIVES: Mapping[str, Any] = {"exclude_duplicates": False, "several_positives": True}
 AS_THEY_ARE: Mapping[str, Any] = {
@@ -38,6 +38,9 @@ AS_THEY_ARE: Mapping[str, Any] = {
         crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0.0, auto_augment="none"
     )
 }
+HALF_SIDE: Mapping[str, Any] = {"image_size_px": 24}
+BEST: Mapping[str, Any] = {**MUON, **POSITIVES, **AS_THEY_ARE, **HALF_SIDE}
+
 STARTED = time.monotonic()  # of this call, whose --seconds all its trainings share
 
 

@@ -38,6 +38,8 @@ import numpy as np
 
 from benchmarks.training.arms import (
     AS_THEY_ARE,
+    BEST,
+    HALF_SIDE,
     MUON,
     POSITIVES,
     Experiment,
@@ -62,8 +64,6 @@ PAPER = "paper"
 SETS = ("style", "concept")
 THIRD = "a third of the epochs"
 TOGETHER = "together"
-HALF_SIDE = {"image_size_px": 24}
-BEST = {**MUON, **POSITIVES, **HALF_SIDE, **AS_THEY_ARE}
 
 
 class Arm(NamedTuple):
@@ -97,12 +97,13 @@ ARMS: dict[str, Arm] = {
     f"{THIRD}, half of the side, more epochs": Arm(1, 3, 1, {}, HALF_SIDE),
     f"{THIRD}, half of the patches, more epochs": Arm(1, 2, 1, {}, {"patch_mask": 0.5}),
     TOGETHER: Arm(0, 0, 3, BEST),
+    f"{TOGETHER}, two epochs": Arm(0, 0, 2, BEST),
     f"{TOGETHER}, without Muon": Arm(0, 0, 3, _without(MUON)),
     f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(AS_THEY_ARE)),
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
-    f"{TOGETHER}, whole images, an epoch": Arm(0, 0, 1, _without(HALF_SIDE)),
+    f"{TOGETHER}, an epoch of whole images": Arm(0, 0, 1, _without(HALF_SIDE)),
     f"{TOGETHER}, then an epoch of whole images": Arm(0, 3, 1, _without(HALF_SIDE), HALF_SIDE),
-    f"{TOGETHER}, twice as long": Arm(0, 0, 6, BEST),
+    f"{TOGETHER}, six epochs": Arm(0, 0, 6, BEST),
 }
 
 

@@ -46,10 +46,10 @@ def main() -> int:
     arms: dict[tuple[str, int], list[TrainJob]] = {}
     for seed in options.seeds:
         for name, changes in ARMS.items():
-            short = experiment.leg(
-                f"{name}_1", seed, whole_training(experiment, options.epochs, **changes), tower=True
-            )
-            last = experiment.leg(f"{name}_2", seed, whole_training(experiment, 1), tower=False, start=short)
+            first = whole_training(experiment, options.epochs, image_size_px=None, **changes)
+            whole = whole_training(experiment, 1, image_size_px=None)
+            short = experiment.leg(f"{name}_1", seed, first, tower=True)
+            last = experiment.leg(f"{name}_2", seed, whole, tower=False, start=short)
             arms[name, seed] = [short, last]
     train_arms(experiment, arms)
     report_arms(

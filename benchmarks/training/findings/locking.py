@@ -50,7 +50,7 @@ def main() -> int:
         for kind, tower in towers.items():
             for way in ("locked", "not locked"):
                 arm = f"{way}, characters {kind}"
-                config = whole_training(seen, options.epochs, lock_image=way == "locked")
+                config = whole_training(seen, options.epochs, lock_image=way == "locked", image_size_px=None)
                 leg = seen.leg(arm.replace(", ", "_").replace(" ", "_"), seed, config, tower=True)
                 arms[arm, seed] = [dataclasses.replace(leg, image_weights=tower)]
     train_arms(seen, arms)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.arms import AS_THEY_ARE, MUON, POSITIVES, Experiment
+from benchmarks.training.arms import BEST, Experiment
 from training.config.train import TrainConfig
 
 
@@ -60,9 +60,7 @@ def whole_training(experiment: Experiment, epochs: int, **changes: Any) -> Train
     stage2 = experiment.config.stage2
     assert stage2 is not None
     own: dict[str, Any] = {
-        **MUON,
-        **POSITIVES,
-        **AS_THEY_ARE,
+        **BEST,
         "epochs": epochs,
         "ranks": 1,
         "checkpoint_activations": False,
