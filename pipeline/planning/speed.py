@@ -12,7 +12,7 @@ from training.config.train import TrainConfig
 from training.flops import image_forward, text_forward, training_flops
 from training.model.config import ModelConfig, VisionTransformerConfig
 
-# Assumed, for none of it was measured on GPUs (docs/scale.md).
+# Assumed (docs/scale.md)
 HOST_SECONDS_A_LAYER = 2.2e-3  # of the process that launches a layer's kernels, forward and backward
 NETWORKS = {
     "one node": 350e9,

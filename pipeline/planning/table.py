@@ -77,7 +77,7 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
     items = [
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak while it computes, {_network(on)}, and captions of"
-        f" {tokens} tokens on average; one step on one H200 had 18% (docs/scale.md).",
+        f" {tokens} tokens on average; one step that was measured, on an H200, had 18% (docs/scale.md).",
         "micro-batch: the training's own, or if it sets none the most samples whose activations a rank can"
         " hold at once.",
         "GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted ones were 5% less"

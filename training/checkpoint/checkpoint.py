@@ -1,8 +1,8 @@
 """Checkpoints to resume from: complete or absent, verified on reading, independent of the number of ranks.
 
 A checkpoint is a folder `step_<step>` with `weights.safetensors` (parameters in float32 and buffers, by the
-model's names), `optimizer.safetensors` (Adam's two moments by the same names), `metrics.jsonl` as it was, and
-`state.json`: the step, the run's `identity`, every file's sha256 and, last, a digest of all this.
+model's names), `optimizer.safetensors` (Adam's two moments, Muon's one, by the same names), `metrics.jsonl`
+as it was, and `state.json`: the step, the run's `identity`, every file's sha256 and, last, a digest of this.
 It holds no random state, because every random draw of a step is a function of the seed and the step.
 """
 
@@ -65,7 +65,7 @@ class TrainState:
 
     step: int
     weights: dict[str, Tensor]
-    # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`, and averages of weights
+    # `exp_avg.<name>`, Adam's `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`; averages of weights
     moments: dict[str, Tensor]
     num_updates: int | None = None  # steps that changed weights, if some were skipped; None: all
 

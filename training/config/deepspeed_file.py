@@ -159,7 +159,7 @@ def judges_gradients(settings: dict[str, Any], num_micro_batches: int) -> bool:
     zero = settings.get("zero_optimization", {})
     stage, half = zero.get("stage", 0), half_of(settings)
     adds_up = accumulates_in_float32(settings, num_micro_batches)
-    return half != "fp16" and stage < 3 and not _offloads(zero) and not (stage == 1 and adds_up)
+    return half != "fp16" and stage < 3 and not offloads_optimizer(zero) and not (stage == 1 and adds_up)
 
 
 def accumulates_in_float32(settings: dict[str, Any], num_micro_batches: int) -> bool:
@@ -173,10 +173,11 @@ def accumulates_in_float32(settings: dict[str, Any], num_micro_batches: int) -> 
 def overlaps_communication(settings: dict[str, Any], ranks: int) -> bool:
     """Return true if ranks add up gradients while the backward pass computes, where DeepSpeed would wait."""
     zero = settings.get("zero_optimization", {})
-    return ranks > 1 and zero.get("stage", 0) in (1, 2) and not _offloads(zero)
+    return ranks > 1 and zero.get("stage", 0) in (1, 2) and not offloads_optimizer(zero)
 
 
-def _offloads(zero: dict[str, Any]) -> bool:
+def offloads_optimizer(zero: dict[str, Any]) -> bool:
+    """Return whether a `zero_optimization` table keeps the optimizer in host memory."""
     return any(zero.get(key) for key in ("offload_optimizer", "cpu_offload", "zenflow"))
 
 

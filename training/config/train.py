@@ -16,7 +16,7 @@ from pipeline.core.config import (
 )
 from pipeline.core.records import ConfigError, too_few
 from training.config.averages import AveragesConfig
-from training.config.deepspeed_file import check_model, read_deepspeed_file
+from training.config.deepspeed_file import check_model, offloads_optimizer, read_deepspeed_file
 from training.config.float8 import check_float8
 from training.model.config import ModelConfig, at_size
 
@@ -372,7 +372,7 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
         )
     if config.optimizer == "muon":
         zero = settings.get("zero_optimization", {})
-        if zero.get("stage") == 3 or zero.get("cpu_offload") or "offload_optimizer" in zero:
+        if zero.get("stage") == 3 or offloads_optimizer(zero):
             raise ConfigError(
                 f'[{stage}] optimizer = "muon", but {config.deepspeed} is ZeRO 3 or keeps the optimizer in'
                 " host memory: Muon needs whole matrices on the device; use zero1 or zero2, or the optimizer"

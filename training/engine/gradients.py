@@ -17,7 +17,7 @@ def step_if_finite(engine: Engine, loss: Tensor, max_norm: float | None) -> Tens
     """Take the optimizer's step, unless the loss or the gradient is not finite; return whether it was not.
 
     The answer is a boolean scalar on the device, equal on all ranks. Weights and Adam's state are as before
-    if it is true: AdamW's fused kernel reads it there. A gradient longer than `max_norm` is clipped.
+    if it is true: the optimizer reads it there. A gradient longer than `max_norm` is clipped.
     """
     is_bad_loss = ~loss.isfinite()
     if not engine.module.judges_gradients:  # DeepSpeed looks at the gradient, and waits for what it finds

@@ -1,5 +1,6 @@
 """Muon for the towers' matrices and AdamW for all other weights (Jordan et al. 2024, Liu et al. 2025)."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ _STEP_RMS = 0.2
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _TINY = 1e-7
 
+Places = tuple[tuple[int, torch.Size], ...]  # of matrices in a flat vector: start, and shape
+
 
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups with `is_muon` take Muon's steps.
@@ -25,8 +28,8 @@ class MuonAdamW(torch.optim.AdamW):
     directions of a matrix are learned equally fast. Its only state is that mean, `exp_avg`.
 
     At ZeRO 1 and 2, a group has one flat part of its matrices, and `places` says where each starts in the
-    whole, and its shape. Ranks exchange their parts of the mean, in bfloat16 on a GPU, and each makes the
-    steps of the matrices that are its own.
+    whole, and its shape. A rank makes the steps of all matrices of which it has a part, and gets what it
+    lacks of their means from the others, in bfloat16 on a GPU.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
@@ -78,22 +81,49 @@ def _replace(old: Tensor, new: Tensor, unless: Tensor | None) -> None:
     old.copy_(new if unless is None else torch.where(unless.bool(), old, new))
 
 
-def _own_part(part: Tensor, places: Sequence[tuple[int, torch.Size]]) -> Tensor:
+def _own_part(part: Tensor, places: Places) -> Tensor:
     """Return this rank's part of the steps of all matrices, of its part of their means. A collective."""
+    size, rank = len(part), dist.get_rank()
+    spans = _spans(places, size, dist.get_world_size())
+    own_places, begin, end = spans[rank]
     part = part.to(_computed_in(part))
-    ranks, rank, size = dist.get_world_size(), dist.get_rank(), len(part)
-    whole = part.new_empty(ranks * size)
-    dist.all_gather(list(whole.view(ranks, size).unbind()), part)
-    first = rank * size
-    own_places = [
-        (start, shape) for start, shape in places if start < first + size and start + shape.numel() > first
+    # What a rank needs of the others' parts lies end to end: all that arrives is its span.
+    sent = [_overlap((rank * size, (rank + 1) * size), (low, high)) for _, low, high in spans]
+    taken = [_overlap((other * size, (other + 1) * size), (begin, end)) for other in range(len(spans))]
+    pieces = [part[low - rank * size : high - rank * size] for low, high in sent]
+    whole = part.new_empty(end - begin)
+    dist.all_to_all_single(
+        whole,
+        torch.cat(pieces),
+        [high - low for low, high in taken],
+        [len(piece) for piece in pieces],
+    )
+    matrices = [
+        whole[start - begin : start - begin + shape.numel()].view(shape) for start, shape in own_places
     ]
-    steps = orthogonal([whole[start : start + shape.numel()].view(shape) for start, shape in own_places])
     own = torch.zeros(size, device=part.device)  # padding has no step
-    for (start, shape), step in zip(own_places, steps, strict=True):
-        low, high = max(start, first), min(start + shape.numel(), first + size)
-        own[low - first : high - first] = step.flatten()[low - start : high - start]
+    for (start, shape), step in zip(own_places, orthogonal(matrices), strict=True):
+        low, high = _overlap((rank * size, (rank + 1) * size), (start, start + shape.numel()))
+        own[low - rank * size : high - rank * size] = step.flatten()[low - start : high - start]
     return own
+
+
+@functools.lru_cache(maxsize=8)
+def _spans(places: Places, size: int, ranks: int) -> list[tuple[Places, int, int]]:
+    """Return, for each rank, the matrices of which its part has some, and the span that they take."""
+    spans = []
+    for rank in range(ranks):
+        low, high = rank * size, (rank + 1) * size
+        own = tuple(place for place in places if place[0] < high and place[0] + place[1].numel() > low)
+        end = own[-1][0] + own[-1][1].numel() if own else 0
+        spans.append((own, own[0][0] if own else 0, end))
+    return spans
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Return the common part of two half-open spans; an empty one begins where the first does."""
+    low, high = max(one[0], other[0]), min(one[1], other[1])
+    return (low, high) if low < high else (one[0], one[0])
 
 
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -126,4 +156,7 @@ def _orthogonal(matrix_NRC: Tensor) -> Tensor:
 
 
 def _computed_in(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "cpu" else torch.bfloat16
+    """Return bfloat16 where a GPU has units for it, as Jordan's code does."""
+    is_gpu = tensor.device.type == "cuda"
+    has_units = is_gpu and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return torch.bfloat16 if has_units else torch.float32

@@ -24,7 +24,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from training.engine.muon import MuonAdamW
+from training.engine.muon import MuonAdamW, Places
 from training.engine.towers import Engine
 
 # What DeepSpeed's DynamicLossScaler changes as it goes
@@ -64,17 +64,17 @@ def make_adam_state(engine: Engine) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _places(engine: Engine) -> list[list[tuple[int, torch.Size]]]:
+def _places(engine: Engine) -> list[Places]:
     """Return where each parameter starts in its group's flat vector, and its shape, at ZeRO 1 and 2."""
     optimizer = engine.optimizer
-    groups = getattr(optimizer, "bf16_groups", None)  # of the optimizer that has bfloat16 weights at ZeRO 1
-    if groups is None:
-        groups, starts = optimizer.bit16_groups, optimizer.round_robin_bit16_offsets
-    else:
+    # The first is that of the optimizer which DeepSpeed has for bfloat16 weights at ZeRO 1.
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    starts = getattr(optimizer, "round_robin_bit16_offsets", None)  # it knows `parameter_alignment`
+    if starts is None:  # end to end
         sizes = [[whole.numel() for whole in group] for group in groups]
-        starts = [list(accumulate(each, initial=0))[:-1] for each in sizes]  # end to end
+        starts = [list(accumulate(each, initial=0))[:-1] for each in sizes]
     return [
-        [(start, whole.shape) for start, whole in zip(of_group, group, strict=True)]
+        tuple((start, whole.shape) for start, whole in zip(of_group, group, strict=True))
         for of_group, group in zip(starts, groups, strict=True)
     ]
 

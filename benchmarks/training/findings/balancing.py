@@ -75,9 +75,9 @@ def main() -> int:
     report_arms(
         options,
         "balancing",
-        f"mean recall (%) of small-vit from random weights on an emoji style never seen, by how many images a"
-        f" concept has in `zipf`: one (rare), {HEAD} (frequent) or between; all see the samples of"
-        f" {options.epochs} epochs of `zipf`",
+        "mean recall (%) of small-vit from random weights, 24 pixels and Muon, on an emoji style never seen, by"
+        f" how many images a concept has in `zipf`: one (rare), {HEAD} (frequent) or between; all see the"
+        f" samples of {options.epochs} epochs of `zipf`",
         arms,
         pairs=pairs,
         concepts=sizes,

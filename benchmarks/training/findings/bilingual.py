@@ -53,7 +53,7 @@ def main() -> int:
     report_arms(
         options,
         "bilingual",
-        f"mean recall (%) of Chinese names on {SCORED[0]}, small-vit from random weights,"
+        f"mean recall (%) of Chinese names on {SCORED[0]}, small-vit from random weights, 24 pixels and Muon,"
         f" {options.epochs} epochs",
         arms,
     )

@@ -43,11 +43,13 @@ def main() -> int:
     except OutOfTime:
         print("the image tower is not trained yet: rerun the same command to resume")
         return 0
+    assert experiment.config.stage1 is not None
+    recipe = {"peak_learning_rate": experiment.config.stage1.peak_learning_rate}
     arms: dict[tuple[str, int], list[TrainJob]] = {}
     for seed in options.seeds:
         for name, changes in ARMS.items():
-            first = whole_training(experiment, options.epochs, image_size_px=None, **changes)
-            whole = whole_training(experiment, 1, image_size_px=None)
+            first = whole_training(experiment, options.epochs, recipe=recipe, **changes)
+            whole = whole_training(experiment, 1, recipe=recipe)
             short = experiment.leg(f"{name}_1", seed, first, tower=True)
             last = experiment.leg(f"{name}_2", seed, whole, tower=False, start=short)
             arms[name, seed] = [short, last]

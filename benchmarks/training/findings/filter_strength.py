@@ -45,10 +45,12 @@ def main() -> int:
     options = flags.parse_args()
     truth = write_pool(Path(options.corpus), Path(options.folder))
     try:
+        # An exchanged name would be a positive of all images that have it.
+        apart = {"several_positives": False, "exclude_duplicates": True}
         judges = styles_experiment(options, "judges", train=FILTER_STYLES, evaluate=SCORED)
         filters = {
             f"filter of {epochs} epochs": judges.leg(
-                f"filter_{epochs}", 0, whole_training(judges, epochs), tower=False
+                f"filter_{epochs}", 0, whole_training(judges, epochs, **apart), tower=False
             )
             for epochs in FILTER_EPOCHS
         }
@@ -73,16 +75,16 @@ def main() -> int:
         for name, experiment in kept.items():
             epochs = max(1, round(options.epochs * pairs["all pairs"] / 2 / pairs[name]))
             leg = experiment.leg(
-                name.replace(" ", "_"), seed, whole_training(experiment, epochs), tower=False
+                name.replace(" ", "_"), seed, whole_training(experiment, epochs, **apart), tower=False
             )
             arms[name, seed] = [leg]
     train_arms(judges, arms)
     report_arms(
         options,
         "filter_strength",
-        f"mean recall (%) on {SCORED[0]} of small-vit from random weights, trained on what a filter keeps of"
-        f" a pool with half of the names exchanged; all see the samples of {options.epochs} epochs of half of"
-        " the pool",
+        f"mean recall (%) on {SCORED[0]} of small-vit from random weights, 24 pixels and Muon, trained on what"
+        " a filter keeps of a pool with half of the names exchanged; all see the samples of"
+        f" {options.epochs} epochs of half of the pool",
         arms,
         filters={
             name: {"recall": recalls_at_the_end(job.folder)[SCORED[0]], **accuracy(kept[name], truth)}

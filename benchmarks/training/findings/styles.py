@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,17 @@ def styles_experiment(
     )
 
 
-def whole_training(experiment: Experiment, epochs: int, **changes: Any) -> TrainConfig:
-    """Return one training of both towers from its first step on, by what `compute.py` found to learn fastest.
+def whole_training(
+    experiment: Experiment, epochs: int, *, recipe: Mapping[str, Any] = BEST, **changes: Any
+) -> TrainConfig:
+    """Return one training of both towers from its first step on, with stage 2's settings and `recipe`'s.
 
     One rank of one thread, so that two calls with different seeds share a machine of two cores.
     """
     stage2 = experiment.config.stage2
     assert stage2 is not None
     own: dict[str, Any] = {
-        **BEST,
+        **recipe,
         "epochs": epochs,
         "ranks": 1,
         "checkpoint_activations": False,
