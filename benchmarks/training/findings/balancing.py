@@ -75,8 +75,8 @@ def main() -> int:
     report_arms(
         options,
         "balancing",
-        "mean recall (%) of small-vit from random weights, 24 pixels and Muon, on an emoji style never seen, by"
-        f" how many images a concept has in `zipf`: one (rare), {HEAD} (frequent) or between; all see the"
+        "mean recall (%) of small-vit from random weights, 24 pixels and Muon, on an emoji style never seen,"
+        f" by how many images a concept has in `zipf`: one (rare), {HEAD} (frequent) or between; all see the"
         f" samples of {options.epochs} epochs of `zipf`",
         arms,
         pairs=pairs,

@@ -82,8 +82,8 @@ def main() -> int:
     report_arms(
         options,
         "filter_strength",
-        f"mean recall (%) on {SCORED[0]} of small-vit from random weights, 24 pixels and Muon, trained on what"
-        " a filter keeps of a pool with half of the names exchanged; all see the samples of"
+        f"mean recall (%) on {SCORED[0]} of small-vit from random weights, 24 pixels and Muon, trained on"
+        " what a filter keeps of a pool with half of the names exchanged; all see the samples of"
         f" {options.epochs} epochs of half of the pool",
         arms,
         filters={
