@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ ARMS: dict[str, Arm] = {
     TOGETHER: Arm(0, 0, 3, BEST),
     f"{TOGETHER}, two epochs": Arm(0, 0, 2, BEST),
     f"{TOGETHER}, without Muon": Arm(0, 0, 3, _without(MUON)),
+    f"{TOGETHER}, Muon at AdamW's rate": Arm(0, 0, 3, {**BEST, "peak_learning_rate": 2e-3}),
     f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(AS_THEY_ARE)),
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
     f"{TOGETHER}, an epoch of whole images": Arm(0, 0, 1, _without(HALF_SIDE)),
@@ -184,7 +186,7 @@ def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[T
     for number, config in enumerate(trainings, start=1):
         legs.append(
             experiment.leg(
-                f"{name.replace(',', '').replace(' ', '_')}_{number}",
+                f"{re.sub(r'[^a-zA-Z0-9]+', '_', name)}_{number}",
                 seed,
                 config,
                 tower=not legs,
