@@ -1,5 +1,7 @@
 """Reads files out of packages in memory, within bounds; nothing is unpacked to disk and no link followed."""
 
+import base64
+import hashlib
 import io
 import subprocess
 import tarfile
@@ -68,6 +70,22 @@ def read_one(archive: Path, path: str) -> bytes:
         f"{archive}: no file {path} in it (of at most {MAX_MEMBER_BYTES >> 20} MiB);"
         f" delete {archive.parent} and build again"
     )
+
+
+def content_of(archive: Path) -> str:
+    """Return a digest of a package's files by path, in npm's form, but for `usr/share/doc/` and for dates.
+
+    A zip counts as the files in it. So a rebuilt package has the digest of the one before if only its
+    changelog differs.
+    """
+    lines = []
+    for path, content in read_members(archive, lambda path: not path.startswith("usr/share/doc/")):
+        parts = [("", content)]
+        if path.endswith(".zip"):
+            parts = list(read_zip(content, f"{archive}: {path}", lambda _: True))
+        lines += [f"{path}\0{name}\0{hashlib.sha256(part).hexdigest()}\n" for name, part in parts]
+    digest = hashlib.sha512("".join(sorted(lines)).encode()).digest()
+    return "sha512-" + base64.b64encode(digest).decode()
 
 
 def read_zip(content: bytes, where: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

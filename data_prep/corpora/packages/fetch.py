@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_prep.corpora.packages.archives import content_of
 from data_prep.corpora.packages.table import Package
 from pipeline.core.processes import dies_with_us
 from pipeline.core.records import ConfigError, InputError
@@ -32,6 +33,8 @@ def integrity_of(path: Path) -> str:
 def fetch(package: Package, cache: Path) -> Path:
     """Get a package's file into the cache with its registry's client, unless it is there; check its digest.
 
+    If the registry no longer has the pinned version, another one with the pinned content takes its place.
+
     Raises:
         ConfigError: if the client is not installed.
         InputError: if the client fails or the digest is another one.
@@ -39,27 +42,37 @@ def fetch(package: Package, cache: Path) -> Path:
     cache = cache.resolve()  # clients run in another folder
     ending = "tgz" if package.registry == "npm" else "deb"
     target = cache / f"{re.sub(r'[^A-Za-z0-9.+~-]', '_', f'{package.name}-{package.version}')}.{ending}"
-    if target.is_file() and integrity_of(target) == package.integrity:
+    if target.is_file() and _is_pinned(target, package):
         return target
     client = "npm" if package.registry == "npm" else "apt-get"
     if shutil.which(client) is None:
         raise ConfigError(f"{client}: not found on the PATH; {_INSTALL[client]}")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        found = _download(package, client, Path(folder), ending)
-        digest = integrity_of(found)
-        if digest != package.integrity:
+        try:
+            found = _download(package.pinned, client, Path(folder), ending)
+        except InputError:
+            if package.content is None:
+                raise
+            found = _download(package.name, client, Path(folder), ending)
+        if not _is_pinned(found, package):
             raise InputError(
-                f"{package.pinned}: digest {digest}, but {package.integrity} is pinned; not used"
+                f"{package.pinned}: digest {integrity_of(found)}, but {package.integrity} is pinned; not used"
             )
         os.replace(found, target)
     return target
 
 
-def _download(package: Package, client: str, folder: Path, ending: str) -> Path:
+def _is_pinned(path: Path, package: Package) -> bool:
+    if integrity_of(path) == package.integrity:
+        return True
+    return package.content is not None and content_of(path) == package.content
+
+
+def _download(asked: str, client: str, folder: Path, ending: str) -> Path:
     commands = {
-        "npm": ["pack", package.pinned, "--pack-destination", str(folder), "--ignore-scripts"],
-        "apt-get": ["download", package.pinned, "--quiet"],
+        "npm": ["pack", asked, "--pack-destination", str(folder), "--ignore-scripts"],
+        "apt-get": ["download", asked, "--quiet"],
     }
     command = [client, *commands[client], *(["--loglevel", "error"] if client == "npm" else [])]
     said = " ".join(command[:3])

@@ -21,6 +21,10 @@ class Package:
     """Version, exact."""
     integrity: str
     """SHA-512 of the file, in npm's form: `sha512-` and the digest in base64."""
+    content: str | None = None
+    """SHA-512 of what is in it, documentation aside (`archives.content_of`), in the same form. If given,
+    another revision with the same content takes the place of one that its registry no longer has.
+    """
     licence: str
     """SPDX expression of what is used here."""
     licence_file: str

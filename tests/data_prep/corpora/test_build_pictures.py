@@ -1,5 +1,6 @@
 """Building the pictures folder from packages of every kind, each small, handed out by clients on the PATH."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -14,15 +15,16 @@ from PIL import Image
 
 from data_prep.corpora import build_pictures
 from data_prep.corpora.build_pictures import CLASSIFICATION, SCHEMA, build
-from data_prep.corpora.packages.archives import read_one, read_zip
+from data_prep.corpora.packages.archives import content_of, read_one, read_zip
 from data_prep.corpora.packages.drawing import Source, draw
+from data_prep.corpora.packages.fetch import fetch, integrity_of
 from data_prep.corpora.packages.table import Package, read_packages
 from data_prep.corpora.pictures import characters
 from data_prep.corpora.pictures.corpus import UNSEEN_STYLES
 from data_prep.corpora.pictures.stamps import captions_of
 from data_prep.corpora.pictures.styles import STYLES
 from pipeline.core.records import ConfigError, InputError
-from tests.helpers.registries import serve_packages
+from tests.helpers.registries import deb, serve_packages
 
 pytest.importorskip("resvg_py", reason="the SVG renderer is in the extra `emoji`")
 
@@ -289,6 +291,30 @@ def test_a_package_that_is_gone_or_changed_is_skipped_and_said(
     assert "map-maki: skipped: no package @iconify-json/maki" in text
     with pytest.raises(InputError, match="no style could be built"):
         _build(out, packages, {"map-maki"})
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
+def test_a_newer_revision_takes_the_place_of_one_that_is_gone_if_its_content_is_the_same(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    store, pinned = tmp_path / "store", packages["office_colibre"]
+    older = (store / pinned.pinned).rename(tmp_path / "older.deb")
+    package = dataclasses.replace(pinned, content=content_of(older))
+    changelog = {"usr/share/doc/libreoffice-style-colibre/changelog": b"newer"}
+    deb(store / pinned.name, {**FILES["office_colibre"], **changelog})
+    found = fetch(package, tmp_path / "cache")
+    assert integrity_of(found) != pinned.integrity
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert calls == [pinned.pinned, pinned.name]
+    assert fetch(package, tmp_path / "cache") == found  # as it is in the cache
+    assert (tmp_path / "calls.txt").read_text().splitlines() == calls
+
+    found.unlink()
+    icons = next(name for name in FILES["office_colibre"] if name.endswith(".zip"))
+    shutil.rmtree(store / f"{pinned.name}.folder")
+    deb(store / pinned.name, {**FILES["office_colibre"], icons: _zip({"cmd/lc_other.png": _png()})})
+    with pytest.raises(InputError, match=r"libreoffice-style-colibre=.*is pinned; not used"):
+        fetch(package, tmp_path / "cache")
 
 
 def test_the_command_ends_with_one_line_and_the_status(
