@@ -2,7 +2,9 @@
 
     make pictures                                         # the corpus, once
     python benchmarks/training/compute.py                 # trains for 270 s; call again to resume
-    python benchmarks/training/compute.py --seconds 9000  # in one go
+    python benchmarks/training/compute.py --seeds 0 --arms paper together --seconds 9000
+    python benchmarks/training/compute.py --folder runs/other/compute --results runs/other \\
+        --set 'corpus.unseen_styles=["emoji-noto", "icons-outline"]'  # other styles are kept back
 
 Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
 the paper's two stages with the augmentation of the pictures run: the tower locked for a third of the epochs,
@@ -14,7 +16,7 @@ and of concepts never seen, at the size of image that was trained last; curves h
 FLOPs are those of matrix products and convolutions, forward and backward, as `cnclip plan` counts them, and
 those of Muon's own products; seconds are by the clock, and CPU seconds of all processes, with validation and
 start. Every arm is one rank of one thread, so that two calls with different arms share a machine of two
-cores.
+cores; all arms with three seeds take such a machine some nine hours.
 
 Every call writes the finished runs into benchmarks/results/compute.{json,svg}, next to those of earlier calls
 with the same settings, so that arms and seeds can be spread over days and machines. A share of the paper's
@@ -114,12 +116,22 @@ def main() -> int:
     flags.add_argument("--corpus", default="corpora/pictures", help="folder that `make pictures` built")
     flags.add_argument("--epochs", type=int, default=9, help="of the paper's arm; a third of them is stage 1")
     flags.add_argument("--english-epochs", type=int, default=6, help="of the image tower's own training")
-    flags.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
+    flags.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        default=list(ARMS),
+        metavar="ARM",
+        help=f"default: all {len(ARMS)}",
+    )
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the pictures run, for all arms"
+    )
     options = flags.parse_args()
     what = (
         f"`pictures` with small-vit, {options.epochs} epochs of the paper's two stages, image tower from"
         f" {options.english_epochs} epochs of English names; mean recall in %"
-    )
+    ) + "".join(f"; {setting}" for setting in options.set)
     path = options.results / "compute.json"
     read_runs(path, what)  # before training, rather than after it
     try:
@@ -152,6 +164,7 @@ def pictures_experiment(options: argparse.Namespace) -> Experiment:
         f"english.epochs={options.english_epochs}",
         "model.name=small-vit",
         "classification=[]",
+        *options.set,
     ]
     folder = Path(options.folder).parent / f"pictures_english_{options.english_epochs}"
     return Experiment(options, "pictures", overrides, str(folder), last="english", first="stage1")

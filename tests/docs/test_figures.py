@@ -89,6 +89,31 @@ def test_recall_of_cached_views() -> None:
         _assert_shown(spread, statistics.stdev(values))
 
 
+def test_recall_for_a_part_of_the_compute() -> None:
+    of_arm: dict[str, list[Any]] = {}
+    for run in _results("compute")["runs"]:
+        of_arm.setdefault(run["arm"], []).append(run)
+    paper = {run["seed"]: run for run in of_arm["paper"]}
+    rows = _rows("docs/guides/train.md", having="new styles")
+    assert [row[0] for row in rows] == list(of_arm)
+    for name, style, concept, flops, seconds, seeds in rows:
+        found = of_arm[name]
+        assert int(seeds) == len(found)
+        for shown, key in ((style, "style"), (concept, "concept")):
+            recalls = [run["recall"][key] for run in found]
+            mean, _, spread = shown.partition(" ± ")
+            _assert_shown(mean, statistics.fmean(recalls))
+            if len(found) > 1:
+                _assert_shown(spread, statistics.stdev(recalls))
+        shares = [run["petaflops"] / paper[run["seed"]]["petaflops"] for run in found]
+        _assert_shown(flops.removesuffix("%"), 100 * statistics.fmean(shares))
+        peers = [(run, paper[run["seed"]]) for run in found]
+        times = [
+            run["cpu_seconds"] / peer["cpu_seconds"] for run, peer in peers if run["ranks"] == peer["ranks"]
+        ]
+        _assert_shown(seconds.removesuffix("%"), 100 * statistics.fmean(times))
+
+
 def test_recall_with_negation_statements() -> None:
     rows = _results("negation")["rows"]
     keys = ("negated", "negated, new wording", "mean recall")

@@ -237,6 +237,9 @@ def test_another_configuration_does_not_continue(tmp_path: Path) -> None:
     changed = dataclasses.replace(job, config=dataclasses.replace(job.config, weight_decay=0.5))
     with pytest.raises(AssertionError, match=r"InputError.*step_.*weight_decay = 0.05, but this run has 0.5"):
         run_ranks(train_rank, 1, changed)
+    other = dataclasses.replace(job, config=dataclasses.replace(job.config, optimizer="muon"))
+    with pytest.raises(AssertionError, match=r"InputError.*step_.*optimizer"):
+        run_ranks(train_rank, 1, other)
 
 
 def test_activations_can_be_given_up_between_two_starts(tmp_path: Path) -> None:
