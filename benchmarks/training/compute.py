@@ -69,6 +69,9 @@ THIRD = "a third of the epochs"
 TOGETHER = "together"
 
 
+MUON_RATE = {"peak_learning_rate": MUON["peak_learning_rate"]}
+
+
 class Arm(NamedTuple):
     """Epochs of stage 1, of a phase before the rest of stage 2, and of that; and what they change.
 
@@ -107,6 +110,9 @@ ARMS: dict[str, Arm] = {
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
     f"{TOGETHER}, an epoch of whole images": Arm(0, 0, 1, _without(HALF_SIDE)),
     f"{TOGETHER}, then an epoch of whole images": Arm(0, 3, 1, _without(HALF_SIDE), HALF_SIDE),
+    f"{TOGETHER}, then one at a fifth of the rate": Arm(
+        0, 3, 1, {**_without(HALF_SIDE), "peak_learning_rate": 8e-4}, {**HALF_SIDE, **MUON_RATE}
+    ),
     f"{TOGETHER}, six epochs": Arm(0, 0, 6, BEST),
 }
 
