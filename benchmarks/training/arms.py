@@ -30,7 +30,7 @@ from training.config.train import AugmentConfig, TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 
-# What helps small-vit most of all that compute.py tries, as settings of a stage
+# The settings of `together` in compute.py, by ingredient; the findings train with them, too
 MUON: Mapping[str, Any] = {"optimizer": "muon", "peak_learning_rate": 4e-3}
 POSITIVES: Mapping[str, Any] = {"exclude_duplicates": False, "several_positives": True}
 AS_THEY_ARE: Mapping[str, Any] = {

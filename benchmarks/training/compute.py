@@ -8,10 +8,11 @@
 
 Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
 the paper's two stages with the augmentation of the pictures run: the tower locked for a third of the epochs,
-then everything trained. `together` has all that helped, for a third of the epochs, at half of the images'
-side. Each ingredient is tried twice: by itself, in the paper's stages for a third of the epochs, and left out
-of `together`, for about the same FLOPs. Recall is that after the last step, on drawings in styles never seen
-and of concepts never seen, at the size of image that was trained last; curves have it after every epoch, too.
+then everything trained. `together` has Muon, images as they are, half of their side and several positives,
+for a third of the epochs. There are arms with each ingredient by itself, in the paper's stages for a third of
+the epochs, and arms of `together` without it. Recall is that after the last step, on drawings in styles never
+seen and of concepts never seen, at the size of image that was trained last; curves have it after every epoch,
+too.
 
 FLOPs are those of matrix products and convolutions, forward and backward, as `cnclip plan` counts them, and
 those of Muon's own products; seconds are by the clock, and CPU seconds of all processes, with validation and
@@ -67,8 +68,6 @@ PAPER = "paper"
 SETS = ("style", "concept")
 THIRD = "a third of the epochs"
 TOGETHER = "together"
-
-
 MUON_RATE = {"peak_learning_rate": MUON["peak_learning_rate"]}
 
 
