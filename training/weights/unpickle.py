@@ -78,25 +78,33 @@ def _read_archive(path: str) -> Any:
 def _read_legacy(path: str) -> Any:
     """Read a file of the older format without a zip."""
     with open(path, "rb") as file:
-        data, header, pickles = _MappedFile(file), [], _Limited(file, 2 * _PICKLE_BYTES)
-        for _ in range(3):  # magic number, version, sizes of integers
-            header.append(WeightsUnpickler(pickles, data, {}).load())
-            if header[0] != _LEGACY_MAGIC:
-                raise pickle.UnpicklingError(
-                    f"it holds a {type(header[0]).__name__}, not torch.save's header"
-                )
-        start = file.tell()
-        survey = WeightsUnpickler(pickles, data, None)
-        survey.load()
+        data, header = _MappedFile(file), []
+        pickles = io.BytesIO(file.read(_PICKLE_BYTES + 1))
+        try:
+            for _ in range(3):  # magic number, version, sizes of integers
+                header.append(WeightsUnpickler(pickles, data, {}).load())
+                if header[0] != _LEGACY_MAGIC:
+                    raise pickle.UnpicklingError(
+                        f"it holds a {type(header[0]).__name__}, not torch.save's header"
+                    )
+            start = pickles.tell()
+            survey = WeightsUnpickler(pickles, data, None)
+            survey.load()
+            keys = WeightsUnpickler(pickles, data, {}).load()
+        except (EOFError, pickle.UnpicklingError) as error:
+            if pickles.tell() > _PICKLE_BYTES:
+                raise pickle.UnpicklingError(f"its pickles have more than {_PICKLE_BYTES:,} bytes") from error
+            raise
         places: dict[str, tuple[int, int]] = {}
-        for key in WeightsUnpickler(pickles, data, {}).load():
+        file.seek(pickles.tell())
+        for key in keys:
             numel = int.from_bytes(file.read(8), "little")
             size = numel * survey.dtypes[key].itemsize
             places[key] = (file.tell(), size)
             if size > data.num_bytes - file.tell():
                 raise pickle.UnpicklingError(f"a tensor's {size:,} bytes go beyond the end of the file")
             file.seek(size, io.SEEK_CUR)
-        file.seek(start)
+        pickles.seek(start)
         return WeightsUnpickler(pickles, data, places).load()
 
 
@@ -128,22 +136,3 @@ class _MappedFile:
         start, size = place
         part = self._bytes[start : start + size // dtype.itemsize * dtype.itemsize]
         return (part.clone() if start % dtype.itemsize else part).view(dtype)
-
-
-class _Limited:
-    """A file whose pickles together may not read on and on."""
-
-    def __init__(self, file: IO[bytes], most: int) -> None:
-        self._file, self._most, self._left = file, most, most
-
-    def read(self, size: int) -> bytes:
-        return self._counted(self._file.read(max(0, min(size, self._left + 1))))
-
-    def readline(self) -> bytes:
-        return self._counted(self._file.readline(self._left + 1))
-
-    def _counted(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        if self._left < 0:
-            raise pickle.UnpicklingError(f"its pickles have more than {self._most:,} bytes")
-        return data
