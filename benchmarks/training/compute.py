@@ -107,6 +107,7 @@ ARMS: dict[str, Arm] = {
     f"{TOGETHER}, Muon at AdamW's rate": Arm(0, 0, 3, {**BEST, "peak_learning_rate": 2e-3}),
     f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(AS_THEY_ARE)),
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
+    f"{TOGETHER}, whole images": Arm(0, 0, 3, _without(HALF_SIDE)),
     f"{TOGETHER}, an epoch of whole images": Arm(0, 0, 1, _without(HALF_SIDE)),
     f"{TOGETHER}, then an epoch of whole images": Arm(0, 3, 1, _without(HALF_SIDE), HALF_SIDE),
     f"{TOGETHER}, then one at a fifth of the rate": Arm(
