@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training.arms import record_runs
-from benchmarks.training.compute import curve_of, plot, print_table
+from benchmarks.training.arms import BEST, record_runs
+from benchmarks.training.compute import ARMS, TOGETHER, curve_of, plot, print_table
+from pipeline.catalog import load
 from tests.helpers.train_jobs import UNTRAINED_JOB
 from training.config.job import TrainJob
 
@@ -92,3 +93,11 @@ def test_the_figure_is_the_same_for_the_same_runs(tmp_path: Path) -> None:
         plot(runs, str(path))
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert "cheap" in paths[0].read_text()
+
+
+def test_the_recipe_of_the_images_trains_as_the_best_arm_does() -> None:
+    _, config = load("fast_pictures", [])
+    assert config.stage1 is None
+    assert config.stage2 is not None
+    assert ARMS[TOGETHER] == (0, 0, config.stage2.epochs, BEST, {})
+    assert {key: getattr(config.stage2, key) for key in BEST} == BEST
