@@ -117,6 +117,26 @@ def test_recall_for_a_part_of_the_compute() -> None:
             assert seconds == "–"
 
 
+@pytest.mark.parametrize(
+    ("page", "record", "sets"),
+    [("balancing", "balancing", {"rare": "rare", "middle": "middle", "frequent": "frequent"})],
+)
+def test_findings(page: str, record: str, sets: dict[str, str]) -> None:
+    """Columns of the page's table and the evaluations that they show: means and spreads over the seeds."""
+    of_arm: dict[str, list[Any]] = {}
+    for run in _results(record)["runs"]:
+        of_arm.setdefault(run["arm"], []).append(run["recall"])
+    (table,) = tables(read(f"docs/findings/{page}.md"))
+    assert [row[0] for row in table[1:]] == list(of_arm)
+    for row in table[1:]:
+        assert len(of_arm[row[0]]) == 3
+        for title, key in sets.items():
+            recalls = [recall[key] for recall in of_arm[row[0]]]
+            mean, spread = row[table[0].index(title)].split(" ± ")
+            _assert_shown(mean, statistics.fmean(recalls))
+            _assert_shown(spread, statistics.stdev(recalls))
+
+
 def test_recall_with_negation_statements() -> None:
     rows = _results("negation")["rows"]
     keys = ("negated", "negated, new wording", "mean recall")
