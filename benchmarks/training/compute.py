@@ -104,6 +104,10 @@ ARMS: dict[str, Arm] = {
     TOGETHER: Arm(0, 0, 3, BEST),
     f"{TOGETHER}, two epochs": Arm(0, 0, 2, BEST),
     f"{TOGETHER}, without Muon": Arm(0, 0, 3, _without(MUON)),
+    f"{TOGETHER}, without Muon, half the rate": Arm(0, 0, 3, {**_without(MUON), "peak_learning_rate": 1e-3}),
+    f"{TOGETHER}, without Muon, a quarter of the rate": Arm(
+        0, 0, 3, {**_without(MUON), "peak_learning_rate": 5e-4}
+    ),
     f"{TOGETHER}, Muon at AdamW's rate": Arm(0, 0, 3, {**BEST, "peak_learning_rate": 2e-3}),
     f"{TOGETHER}, with augmentation": Arm(0, 0, 3, _without(AS_THEY_ARE)),
     f"{TOGETHER}, without several positives": Arm(0, 0, 3, _without(POSITIVES)),
