@@ -218,6 +218,10 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "mean recall: image tower locked against not locked",
         "training/findings/locking.py",
     ),
+    "phase_optimizer": (
+        "mean recall after a second phase: optimizer's moments kept against new ones",
+        "training/findings/phase_optimizer.py",
+    ),
     "figure2": ("mean recall: two stages against", "training/figure2.py"),
     "negation": ("the demo after stage 2: with negation statements against without", "training/negation.py"),
 }
@@ -373,6 +377,9 @@ TRAININGS = {
     "filter_strength": arms("filter_strength", lambda _: "all pairs"),
     "locking": arms("locking", lambda arm: f"not {arm}" if arm.startswith("locked") else None),
     "negation": negation,
+    "phase_optimizer": arms(
+        "phase_optimizer", lambda arm: arm.replace("kept", "new") if arm.startswith("kept") else None
+    ),
 }
 
 
