@@ -6,7 +6,6 @@ answer costs the training nothing. The first failure ends a tracker with one not
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import queue
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from typing import Any, Literal, Protocol
 
 from pipeline.core import store
@@ -294,7 +294,7 @@ def check_packages(config: TrackingConfig) -> None:
         ConfigError: if one is missing.
     """
     for name in ("wandb", "mlflow"):
-        if getattr(config, name) is not None and importlib.util.find_spec(name) is None:
+        if getattr(config, name) is not None and PathFinder.find_spec(name) is None:
             raise ConfigError(
                 f"[tracking] {name}: the package {name} is not installed: pip install"
                 f" 'cnclip-pretraining[{name}]', or leave the setting out"

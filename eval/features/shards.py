@@ -22,7 +22,7 @@ from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.files.written import check_parquet, naming, write_npy
-from pipeline.core.processes import die_with_parent, say, spawning
+from pipeline.core.processes import begin_worker, say, spawning
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
@@ -92,7 +92,7 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
 
 
 def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
-    die_with_parent(parent)
+    begin_worker(parent)
     try:
         _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:

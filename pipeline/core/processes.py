@@ -23,6 +23,10 @@ RUN_VARIABLE = "CNCLIP_RUN_PID"
 
 POLARS_THREADS = "POLARS_MAX_THREADS"
 
+# timm and DeepSpeed import those that are installed, which takes a fifth of a rank's start, and wandb leaves
+# folders behind in a process that is killed. Only `training.tracking` needs them.
+_TRACKERS = ("wandb", "mlflow", "comet_ml")
+
 # Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -39,6 +43,12 @@ def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL
     _LIBC.prctl(_PR_SET_PDEATHSIG, with_signal)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin_worker(parent: int) -> None:
+    """Prepare a worker process: it ends with its parent, and imports no tracker."""
+    die_with_parent(parent)
+    hide_trackers()
 
 
 def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
@@ -117,16 +127,39 @@ def _parent_of(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Make the garbage collector skip the objects of large imports, such as torch's.
+    """Make large imports in this block cheaper: no trackers, and no garbage collection of their objects.
 
-    Scanning them repeatedly takes a sixth of a rank's start and slows every later full collection.
+    Scanning these repeatedly takes a sixth of a rank's start and slows every later full collection.
     """
     gc.disable()
     try:
-        yield
+        with without_trackers():
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def without_trackers() -> Iterator[None]:
+    """Make libraries that are imported in this block find no experiment tracker."""
+    hidden = hide_trackers()
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def hide_trackers() -> list[str]:
+    """Make `import` find no experiment tracker from now on, except those imported before; return their names.
+
+    Only for processes of this project's own: in a user's they may be needed.
+    """
+    hidden = [name for name in _TRACKERS if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    return hidden
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

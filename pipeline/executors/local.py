@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from pipeline.core.failures import TRIES, Failure, is_of_machine
 from pipeline.core.files import durability
-from pipeline.core.processes import die_with_parent, sharing_cores, spawning
+from pipeline.core.processes import begin_worker, sharing_cores, spawning
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, make_receipt
@@ -243,7 +243,7 @@ def _each_in_pool(
     begun: dict[concurrent.futures.Future[Found | Failure], Task] = {}
     is_broken = False
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
+        min(processes, len(tasks)), mp_context=spawn, initializer=begin_worker, initargs=(os.getpid(),)
     ) as pool:
         try:
             while begun or (waiting and not is_broken):

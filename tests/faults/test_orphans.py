@@ -125,7 +125,7 @@ def test_no_rank_outlives_its_run(tmp_path: Path) -> None:
 
 
 def test_no_launcher_outlives_its_run(tmp_path: Path) -> None:
-    _kill_often(_ranks(tmp_path), "deepspeed.launcher.launch", 1, [0.0])
+    _kill_often(_ranks(tmp_path), "training.ranks.deepspeed_launch", 1, [0.0])
 
 
 @pytest.mark.parametrize("sign", ["data_prep.download.worker", "spawn_main"])
@@ -137,7 +137,7 @@ def test_no_download_outlives_its_run(tmp_path: Path, sign: str) -> None:
 @pytest.mark.slow
 def test_no_child_outlives_its_run_however_late_it_is_killed(tmp_path: Path) -> None:
     _kill_often(_workers(tmp_path), "spawn_main", 1, _random_waits(20))
-    _kill_often(_ranks(tmp_path), "deepspeed.launcher.launch", 1, _random_waits(10))
+    _kill_often(_ranks(tmp_path), "training.ranks.deepspeed_launch", 1, _random_waits(10))
     _kill_often(_ranks(tmp_path), "pipeline.rank --local_rank", 1, _random_waits(10))
     with hanging_run(tmp_path) as (run, _):
         _kill_often([sys.executable, "-m", "pipeline", "run", run], "spawn_main", 1, _random_waits(5))

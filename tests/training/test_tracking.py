@@ -8,12 +8,14 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.config import build, digest
+from pipeline.core.processes import without_trackers
 from pipeline.core.records import ConfigError
 from tests.helpers.launched_jobs import losses
 from tests.helpers.rank_processes import run_ranks
@@ -187,12 +189,18 @@ def test_tracking_is_in_no_digest() -> None:
 
 
 def test_a_missing_package_is_named_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda *_: None)
     with pytest.raises(
         ConfigError, match=r"\[tracking\] wandb: .* pip install 'cnclip-pretraining\[wandb\]'"
     ):
         check_packages(TrackingConfig(wandb=WandbConfig(project="test")))
     check_packages(TrackingConfig())
+
+
+def test_a_package_that_is_hidden_from_imports_is_installed() -> None:
+    pytest.importorskip("wandb")
+    with without_trackers():  # as in a command
+        check_packages(TrackingConfig(wandb=WandbConfig(project="test")))
 
 
 def test_the_tables_of_a_runs_file_are_checked() -> None:

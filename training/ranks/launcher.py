@@ -69,7 +69,7 @@ def launcher_command(launcher: Launcher, entry: str, job_path: str, ranks: int, 
     return [
         sys.executable,
         "-m",
-        "deepspeed.launcher.launch",
+        "training.ranks.deepspeed_launch",
         f"--world_info={base64.urlsafe_b64encode(machines.encode()).decode()}",
         "--master_addr=127.0.0.1",
         f"--master_port={port}",
