@@ -118,23 +118,38 @@ def test_recall_for_a_part_of_the_compute() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "record", "sets"),
-    [("balancing", "balancing", {"rare": "rare", "middle": "middle", "frequent": "frequent"})],
+    ("page", "columns"),
+    [
+        ("balancing", {"rare": "rare", "middle": "middle", "frequent": "frequent"}),
+        ("filter-strength", {"recall of the model": "emoji-fluent-flat"}),
+    ],
 )
-def test_findings(page: str, record: str, sets: dict[str, str]) -> None:
-    """Columns of the page's table and the evaluations that they show: means and spreads over the seeds."""
-    of_arm: dict[str, list[Any]] = {}
-    for run in _results(record)["runs"]:
-        of_arm.setdefault(run["arm"], []).append(run["recall"])
+def test_findings(page: str, columns: dict[str, str]) -> None:
+    """Columns of the page's table and the sets that they show: means and spreads over three seeds."""
+    record = _results(page.replace("-", "_"))
+    recalls: dict[str, list[Any]] = {}
+    for run in record["runs"]:
+        recalls.setdefault(run["arm"], []).append(run["recall"])
     (table,) = tables(read(f"docs/findings/{page}.md"))
-    assert [row[0] for row in table[1:]] == list(of_arm)
-    for row in table[1:]:
-        assert len(of_arm[row[0]]) == 3
-        for title, key in sets.items():
-            recalls = [recall[key] for recall in of_arm[row[0]]]
-            mean, spread = row[table[0].index(title)].split(" ± ")
-            _assert_shown(mean, statistics.fmean(recalls))
-            _assert_shown(spread, statistics.stdev(recalls))
+    assert [row[0] for row in table[1:]] == list(recalls)
+    for cells in table[1:]:
+        row = dict(zip(table[0], cells, strict=True))
+        found = recalls[cells[0]]
+        assert len(found) == 3
+        for title, key in columns.items():
+            mean, spread = row[title].split(" ± ")
+            _assert_shown(mean, statistics.fmean(recall[key] for recall in found))
+            _assert_shown(spread, statistics.stdev(recall[key] for recall in found))
+        if "pairs" in row:
+            assert int(row["pairs"].replace(",", "")) == record["pairs"][cells[0]]
+
+
+def test_what_filters_keep() -> None:
+    found = _results("filter_strength")["filters"]
+    rows = _rows("docs/findings/filter-strength.md", having="filter of 2 epochs")
+    for name, _, good, recall, _ in (row for row in rows if row[0] in found):
+        _assert_shown(good.removesuffix("%"), found[name]["good among kept"])
+        _assert_shown(recall, found[name]["recall"])
 
 
 def test_recall_with_negation_statements() -> None:
