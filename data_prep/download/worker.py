@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.core.processes import die_with_parent
+from pipeline.core.processes import die_with_parent, without
 from pipeline.core.terminal import guard
 
 # Before img2dataset, whose import takes seconds in which the run may be killed. The stage does this for the
@@ -34,8 +34,11 @@ sys.modules.setdefault(
     "wandb", types.ModuleType("wandb", "Stands in for Weights & Biases, which is not used.")
 )
 
-import img2dataset.downloader  # noqa: E402
-import img2dataset.writer  # noqa: E402
+# webdataset and img2dataset's distributor import torch and ray only because they are there: in a worker they
+# would take half of its start and of its memory.
+with without("torch", "ray") if __name__ in ("__main__", "__mp_main__") else contextlib.nullcontext():
+    import img2dataset.downloader
+    import img2dataset.writer
 import pyarrow as pa  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402

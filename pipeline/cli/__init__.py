@@ -27,7 +27,7 @@ from pipeline.cli import (
 )  # fmt: skip
 from pipeline.cli.app import Commands, application
 from pipeline.cli.errors import usage_line
-from pipeline.core.processes import without_trackers
+from pipeline.core.processes import TRACKERS, without
 from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
 
 # In the order of the help; groups with the same heading share it.
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 0 after --help and --version, with 2 after wrong usage.
     """
-    with guarded_output(), _own_settings(), without_trackers():
+    with guarded_output(), _own_settings(), without(*TRACKERS):
         words = list(sys.argv[1:] if arguments is None else arguments)
         try:
             # Not standalone: `pipeline.cli.errors` reports what ends a command.

@@ -25,7 +25,7 @@ POLARS_THREADS = "POLARS_MAX_THREADS"
 
 # timm and DeepSpeed import those that are installed, which takes a fifth of a rank's start, and wandb leaves
 # folders behind in a process that is killed. Only `training.tracking` needs them.
-_TRACKERS = ("wandb", "mlflow", "comet_ml")
+TRACKERS = ("wandb", "mlflow", "comet_ml")
 
 # Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -48,7 +48,7 @@ def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL
 def begin_worker(parent: int) -> None:
     """Prepare a worker process: it ends with its parent, and imports no tracker."""
     die_with_parent(parent)
-    hide_trackers()
+    hide(*TRACKERS)
 
 
 def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
@@ -133,7 +133,7 @@ def importing() -> Iterator[None]:
     """
     gc.disable()
     try:
-        with without_trackers():
+        with without(*TRACKERS):
             yield
     finally:
         gc.freeze()
@@ -141,9 +141,12 @@ def importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_trackers() -> Iterator[None]:
-    """Make libraries that are imported in this block find no experiment tracker."""
-    hidden = hide_trackers()
+def without(*packages: str) -> Iterator[None]:
+    """Make libraries that are imported in this block find no such packages.
+
+    Only in processes of this project's own: the libraries stay without them, and a user may need them.
+    """
+    hidden = hide(*packages)
     try:
         yield
     finally:
@@ -151,12 +154,9 @@ def without_trackers() -> Iterator[None]:
             del sys.modules[name]
 
 
-def hide_trackers() -> list[str]:
-    """Make `import` find no experiment tracker from now on, except those imported before; return their names.
-
-    Only for processes of this project's own: in a user's they may be needed.
-    """
-    hidden = [name for name in _TRACKERS if name not in sys.modules]
+def hide(*packages: str) -> list[str]:
+    """Make `import` fail for packages from now on, except those imported before; return the failing ones."""
+    hidden = [name for name in packages if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
     return hidden

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.config import build, digest
-from pipeline.core.processes import without_trackers
+from pipeline.core.processes import TRACKERS, without
 from pipeline.core.records import ConfigError
 from tests.helpers.launched_jobs import losses
 from tests.helpers.rank_processes import run_ranks
@@ -199,7 +199,7 @@ def test_a_missing_package_is_named_before_ranks_start(monkeypatch: pytest.Monke
 
 def test_a_package_that_is_hidden_from_imports_is_installed() -> None:
     pytest.importorskip("wandb")
-    with without_trackers():  # as in a command
+    with without(*TRACKERS):  # as in a command
         check_packages(TrackingConfig(wandb=WandbConfig(project="test")))
 
 

@@ -36,3 +36,15 @@ def test_real_wandb_would_make_such_folders(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     assert list(tmp_path.glob("*wandb*"))
+
+
+def test_a_worker_imports_neither_torch_nor_ray() -> None:
+    """Both take half of its start and of its memory; webdataset and img2dataset work without."""
+    program = (
+        "import runpy, sys; sys.argv = ['worker', '/no/options.json']\n"
+        "try: runpy.run_module('data_prep.download.worker', run_name='__main__')\n"
+        "except Exception: pass\n"
+        "print(sorted({'torch', 'ray', 'webdataset', 'img2dataset'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "['img2dataset', 'webdataset']"

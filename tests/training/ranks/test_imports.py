@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.processes import without_trackers
+from pipeline.core.processes import TRACKERS, without
 
 # What the project's programs import; _PROGRAM then says which trackers are there, and which can be imported.
 _IMPORTS = {
@@ -45,7 +45,7 @@ def test_no_tracker_is_imported_and_no_folder_left(program: str, tmp_path: Path)
 def test_trackers_that_are_imported_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", os)
     monkeypatch.delitem(sys.modules, "comet_ml", raising=False)
-    with without_trackers():
+    with without(*TRACKERS):
         assert sys.modules["wandb"] is os
         with pytest.raises(ImportError):
             import comet_ml  # noqa: F401
