@@ -151,7 +151,8 @@ def without(*packages: str) -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            del sys.modules[name]
+            if sys.modules.get(name) is None:  # else somebody put one there
+                sys.modules.pop(name, None)
 
 
 def hide(*packages: str) -> list[str]:
