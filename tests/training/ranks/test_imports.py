@@ -13,7 +13,7 @@ from pipeline.core.processes import TRACKERS, without
 _IMPORTS = {
     "a rank": "with importing(): import eval.features.evaluation_set, training.pretrain",
     "the launcher": "import training.ranks.deepspeed_launch",
-    "a worker": "begin_worker(os.getppid()); import training.model.clip",
+    "a worker": "begin_worker(os.getppid()); import timm",
 }
 _PROGRAM = """
 import os, sys
