@@ -121,6 +121,7 @@ def test_recall_for_a_part_of_the_compute() -> None:
     ("page", "columns"),
     [
         ("balancing", {"rare": "rare", "middle": "middle", "frequent": "frequent"}),
+        ("bilingual", {"recall": "emoji-fluent-flat"}),
         ("filter-strength", {"recall of the model": "emoji-fluent-flat"}),
     ],
 )
