@@ -147,6 +147,17 @@ def test_findings(page: str, columns: dict[str, str]) -> None:
             assert int(row["pairs"].replace(",", "")) == record["pairs"][cells[0]]
 
 
+@pytest.mark.parametrize("page", ["docs/guides/train.md", "docs/zh/train.md"])
+def test_recall_with_kept_moments(page: str) -> None:
+    recalls: dict[str, list[float]] = {}
+    for run in _results("phase_optimizer")["runs"]:
+        recalls.setdefault(run["arm"], []).append(run["recall"]["emoji-fluent-flat"])
+    paragraph = read(page).partition("phase_optimizer.py")[0][-250:]
+    shown = re.findall(r"[\d.]+(?=%)", paragraph)
+    for figure, arm in zip(shown, ("new, warm-up", "kept, warm-up", "new, no warm-up"), strict=True):
+        _assert_shown(figure, statistics.fmean(recalls[arm]))
+
+
 def test_what_filters_keep() -> None:
     found = _results("filter_strength")["filters"]
     rows = _rows("docs/findings/filter-strength.md", having="filter of 2 epochs")
