@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
 from typing import Any, Literal, Protocol
 
 from pipeline.core import store
@@ -294,11 +293,17 @@ def check_packages(config: TrackingConfig) -> None:
         ConfigError: if one is missing.
     """
     for name in ("wandb", "mlflow"):
-        if getattr(config, name) is not None and PathFinder.find_spec(name) is None:
+        if getattr(config, name) is not None and not _is_installed(name):
             raise ConfigError(
                 f"[tracking] {name}: the package {name} is not installed: pip install"
                 f" 'cnclip-pretraining[{name}]', or leave the setting out"
             )
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported, also if `hide` keeps this process from it."""
+    specs = (finder.find_spec(package, None) for finder in sys.meta_path)
+    return any(spec is not None and spec.origin is not None for spec in specs)  # a folder has no origin
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

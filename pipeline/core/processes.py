@@ -144,7 +144,8 @@ def importing() -> Iterator[None]:
 def without(*packages: str) -> Iterator[None]:
     """Make libraries that are imported in this block find no such packages.
 
-    Only in processes of this project's own: the libraries stay without them, and a user may need them.
+    Not in a user's process: the libraries stay without these packages afterwards, and no other thread can
+    import them meanwhile.
     """
     hidden = hide(*packages)
     try:

@@ -8,7 +8,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def test_tracking_is_in_no_digest() -> None:
 
 
 def test_a_missing_package_is_named_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PathFinder, "find_spec", lambda *_: None)
+    monkeypatch.setattr("sys.meta_path", [])
     with pytest.raises(
         ConfigError, match=r"\[tracking\] wandb: .* pip install 'cnclip-pretraining\[wandb\]'"
     ):

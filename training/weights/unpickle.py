@@ -91,7 +91,7 @@ def _read_legacy(path: str) -> Any:
             survey = WeightsUnpickler(pickles, data, None)
             survey.load()
             keys = WeightsUnpickler(pickles, data, {}).load()
-        except (EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # also struct's, of a number that is cut
             if pickles.tell() > _PICKLE_BYTES:
                 raise pickle.UnpicklingError(f"its pickles have more than {_PICKLE_BYTES:,} bytes") from error
             raise

@@ -3,7 +3,7 @@
     make pictures                                # the corpus, once
     python benchmarks/training/findings/balancing.py      # trains for 270 s; call again to resume
 
-Concepts are emoji that six houses have drawn. In `zipf` the r-th has HEAD images up to rank HEAD_RANKS and
+Concepts are emoji that exist in six styles. In `zipf` the r-th has HEAD images up to rank HEAD_RANKS and
 then fewer, as 1/r, down to one; `capped` is the same corpus through [concepts] and [balance] with cap = 2;
 `uniform` has as many pairs as `zipf`, equally many for each concept. All train from random weights, for
 about the same number of samples. Recall is that on a style never seen, of concepts with one image in `zipf`

@@ -3,11 +3,11 @@
     python benchmarks/training/findings/caption_cut.py   # trains for 270 s; call again to resume
 
 The demo's captions are sentences. All arms start from one English image tower and train a phase with
-captions of 8 tokens, cut at the `end`, by `words` or at `random` (`caption_cut`), and then one epoch with
-whole captions; `whole` has whole captions in both. Recall is that after the second, with whole captions, on
-combinations never seen.
+captions of 8 tokens, cut at the `end`, by `words` or at `random` (`caption_cut`), and then two epochs with
+whole captions; `whole` has whole captions in both. Recall is that after the second, with whole captions,
+on combinations never seen.
 
-Small: the demo's 3,000 images and its tiny-rn, 4 + 1 epochs. Every call adds the
+Small: the demo's 3,000 images and its tiny-rn, 4 + 2 epochs. Every call adds the
 finished arms to benchmarks/results/caption_cut.json.
 """
 
@@ -22,6 +22,7 @@ from benchmarks.training.arms import Experiment, OutOfTime, parser, report_arms,
 from benchmarks.training.findings.styles import whole_training
 from training.config.job import TrainJob
 
+LAST_EPOCHS = 2  # with whole captions
 TOKENS = 8  # of a caption in the first phase, [CLS] and [SEP] among them
 ARMS: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -32,7 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def main() -> int:
     flags = parser(__doc__, "runs/caption_cut")
     flags.add_argument(
-        "--epochs", type=int, default=4, help="with short captions; one with whole ones follows"
+        "--epochs", type=int, default=4, help="with short captions; two with whole ones follow"
     )
     flags.add_argument("--english-epochs", type=int, default=6, help="of the image tower's own training")
     options = flags.parse_args()
@@ -44,12 +45,15 @@ def main() -> int:
         print("the image tower is not trained yet: rerun the same command to resume")
         return 0
     assert experiment.config.stage1 is not None
-    recipe = {"peak_learning_rate": experiment.config.stage1.peak_learning_rate}
+    recipe = {
+        "peak_learning_rate": experiment.config.stage1.peak_learning_rate,
+        "exclude_duplicates": True,  # many captions are equal once they are cut
+    }
     arms: dict[tuple[str, int], list[TrainJob]] = {}
     for seed in options.seeds:
         for name, changes in ARMS.items():
             first = whole_training(experiment, options.epochs, recipe=recipe, **changes)
-            whole = whole_training(experiment, 1, recipe=recipe)
+            whole = whole_training(experiment, LAST_EPOCHS, recipe=recipe, warmup_steps=5)
             short = experiment.leg(f"{name}_1", seed, first, tower=True)
             last = experiment.leg(f"{name}_2", seed, whole, tower=False, start=short)
             arms[name, seed] = [short, last]
@@ -58,7 +62,7 @@ def main() -> int:
         options,
         "caption_cut",
         f"mean recall (%) of the demo with whole captions, after {options.epochs} epochs with captions of"
-        f" {TOKENS} tokens (whole ones in `whole`) and one with whole captions; image tower from"
+        f" {TOKENS} tokens (whole ones in `whole`) and {LAST_EPOCHS} with whole ones; image tower from"
         f" {options.english_epochs} epochs of English names",
         arms,
     )
