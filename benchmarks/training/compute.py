@@ -297,19 +297,21 @@ def plot(runs: Sequence[Run], path: str) -> None:
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compute", "font.size": 9}):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        figure = Figure(figsize=(9.0, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        for name in dict.fromkeys(run["arm"] for run in runs):
+        for number, name in enumerate(dict.fromkeys(run["arm"] for run in runs)):
             found = [run for run in runs if run["arm"] == name]
             # Seeds take the same steps, so that their curves have points at nearly the same FLOPs.
             flops, recalls = np.mean([run["curve"] for run in found], axis=0).T
-            (drawn,) = axes.plot(1000 * flops, recalls, lw=1, label=name)
+            (drawn,) = axes.plot(
+                1000 * flops, recalls, lw=1, label=name, ls=("-", "--", ":")[number // 10 % 3]
+            )  # ten colours
             ends = [np.mean([run["recall"][one] for one in SETS]) for run in found]
             axes.scatter([1000 * run["petaflops"] for run in found], ends, s=14, color=drawn.get_color())
         axes.set_xlim(left=0)
         axes.set_xlabel("teraFLOPs")
         axes.set_ylabel("mean recall on styles and concepts never seen, %")
-        axes.legend(frameon=False, fontsize=7)
+        figure.legend(frameon=False, fontsize=7, loc="outside right upper")
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
