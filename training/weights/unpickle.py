@@ -56,7 +56,9 @@ def _read_archive(path: str) -> Any:
             raise pickle.UnpicklingError("a zip without data.pkl")
         folder = name.removesuffix("data.pkl")
         if entries[name].file_size > _PICKLE_BYTES:
-            raise pickle.UnpicklingError(f"its pickle alone has {entries[name].file_size:,} bytes")
+            raise pickle.UnpicklingError(
+                f"its pickle has {entries[name].file_size:,} bytes, more than {_PICKLE_BYTES:,}"
+            )
         data = _MappedFile(file)
         if (order := entries.get(f"{folder}byteorder")) is not None:
             start, size = _place(file, order, data.num_bytes)

@@ -58,7 +58,7 @@ def main() -> int:
         options,
         "bilingual",
         f"mean recall (%) of Chinese names on {SCORED[0]}, small-vit from random weights, 24 pixels and Muon,"
-        f" {options.epochs} epochs if nothing else is said",
+        f" {options.epochs} epochs unless the arm has another number",
         arms,
     )
     return 0

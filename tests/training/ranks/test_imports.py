@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.core.processes import TRACKERS, without
+from pipeline.core.stage import Task
+from pipeline.executors.local import _each_in_pool
 
 # What the project's programs import; _PROGRAM then says which trackers are there, and which can be imported.
 _IMPORTS = {
@@ -40,6 +45,24 @@ def test_no_tracker_is_imported_and_no_folder_left(program: str, tmp_path: Path)
     later = [] if program == "a worker" else ["wandb", "mlflow"]  # a worker tracks nothing
     assert said.stdout.splitlines()[-1] == f"[] {later}"
     assert not list(tmp_path.glob("*wandb*"))
+
+
+def hidden_trackers(_: Any) -> list[str]:
+    return [name for name in TRACKERS if name in sys.modules and sys.modules[name] is None]
+
+
+def test_workers_of_a_run_and_commands_hide_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    task: Any = Task("0", {})
+    assert list(_each_in_pool(hidden_trackers, [task], 1, {})) == [list(TRACKERS)]
+
+    for name in TRACKERS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    seen: list[list[str]] = []
+    command = SimpleNamespace(main=lambda **_: seen.append(hidden_trackers(None)) or 0)
+    monkeypatch.setattr("pipeline.cli.program", lambda: command)
+    assert main(["doctor"]) == 0
+    assert seen == [list(TRACKERS)]
+    assert hidden_trackers(None) == []
 
 
 def test_trackers_that_are_imported_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
