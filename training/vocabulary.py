@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge
 
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.facts import Facts
@@ -13,8 +16,8 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class VocabularyConfig:
     """`[vocabulary]`: learned only if `[model] vocabulary` names none."""
 
-    size: int = 4_000
-    """Largest number of tokens. Chinese characters come first, then pieces of words."""
+    size: Annotated[int, Ge(6)] = 4_000
+    """Largest number of tokens: five special ones, Chinese characters, then pieces of words."""
     columns: tuple[str, ...] = ("caption",)
     """Not to be set: the run takes the caption columns of its trainings, one vocabulary each."""
     together: Mapping[str, tuple[str, ...]] | None = field(default=None, metadata=IN_DIGEST_IF_SET)

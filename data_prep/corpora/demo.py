@@ -42,7 +42,7 @@ class DemoConfig:
 
     kind: Literal["demo"] = "demo"
     """Chooses this corpus."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of everything that is drawn."""
     num_clean: Annotated[int, Ge(1)] = 3000
     """Ordinary training rows, each with a different image."""

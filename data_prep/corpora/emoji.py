@@ -45,7 +45,7 @@ class EmojiConfig:
     """Rows for each image: its name, then the name with some of its keywords."""
     max_keywords: Annotated[int, Ge(1)] = 3
     """Largest number of keywords in one caption."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the choice of keywords."""
 
 

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 from pipeline.core.config import IN_DIGEST_IF_SET, NOT_IN_DIGEST
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
@@ -14,21 +14,21 @@ from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 class DownloadConfig:
     """`[download]`: settings of img2dataset. The paper trains at 224 px and 336 px (section 2.2)."""
 
-    short_side_px: int = 256
+    short_side_px: Annotated[int, Ge(1)] = 256
     """Shorter side to which larger images are reduced, in pixels; 256 leaves room for a crop of 224."""
-    jpeg_quality: int = 95
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] = 95
     """JPEG quality of images that are encoded. An upright RGB JPEG that is not larger than `short_side_px`
     keeps its bytes, without its metadata.
     """
-    max_pixels: int = MAX_IMAGE_PIXELS
+    max_pixels: Annotated[int, Ge(1)] = MAX_IMAGE_PIXELS
     """Largest number of pixels in an image's header; above it, it is refused as a decompression bomb."""
     scaled_decode: bool = False
     """Whether JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that still exceeds `short_side_px`. This
     is faster and changes pixels slightly; `benchmarks/data_prep/resize.py` measures both.
     """
-    timeout_seconds: float = 10.0
+    timeout_seconds: Annotated[float, Gt(0)] = 10.0
     """Limit for a whole request, in seconds."""
-    retries: int = 1
+    retries: Annotated[int, Ge(0)] = 1
     """Further attempts after a failure that may be transient: a time-out, a lost connection, status 503, …"""
     retry_after_seconds: Annotated[float, Ge(0)] = field(default=10.0, metadata=NOT_IN_DIGEST)
     """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
@@ -54,17 +54,17 @@ class DownloadConfig:
     """
     allowed_networks: tuple[str, ...] = ()
     """Networks that may be fetched from although they are not public, such as `10.0.0.0/8`."""
-    outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
+    outage_share: Annotated[float, Gt(0)] = field(default=0.9, metadata=NOT_IN_DIGEST)
     """Share of a partition's addresses that fail for lack of a network (DNS, connection, time-out) at which
     the stage stops, because that is an outage rather than dead links; above 1 is off.
     """
-    stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)
+    stall_seconds: Annotated[float, Gt(0)] = field(default=600.0, metadata=NOT_IN_DIGEST)
     """Seconds without a byte after which a worker counts as hung."""
     reuse: tuple[str, ...] = field(default=(), metadata=NOT_IN_DIGEST)
     """Folders of finished runs whose images are taken for rows that this run has in common with them."""
-    processes: int = field(default=2, metadata=NOT_IN_DIGEST)
+    processes: Annotated[int, Ge(1)] = field(default=2, metadata=NOT_IN_DIGEST)
     """Download processes."""
-    threads: int = field(default=32, metadata=NOT_IN_DIGEST)
+    threads: Annotated[int, Ge(1)] = field(default=32, metadata=NOT_IN_DIGEST)
     """Connections of each process."""
 
     def __post_init__(self) -> None:

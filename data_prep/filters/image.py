@@ -6,8 +6,10 @@ It reads tables only: the download has measured and hashed the images while thei
 import functools
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 import polars as pl
+from annotated_types import Ge, Le
 
 from data_prep import decontamination
 from data_prep.accounting.histograms import histogram
@@ -28,13 +30,13 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class FilterImageConfig:
     """`[filter_image]`."""
 
-    min_side_px: int = 16
+    min_side_px: Annotated[int, Ge(1)] = 16
     """Smallest shorter side of the original image, in pixels."""
-    max_aspect: float = 5.0
+    max_aspect: Annotated[float, Ge(1)] = 5.0
     """Largest ratio of the longer side to the shorter side."""
     remove_evaluation_copies: bool = True
     """Whether images of the evaluation sets are removed whatever their address (paper, 2.2)."""
-    evaluation_distance: int = 32
+    evaluation_distance: Annotated[int, Ge(0), Le(image_rules.HASH_BITS)] = 32
     """Largest number of differing hash bits (of 384) at which an image may be a copy of an evaluation image;
     the signatures decide. On the demo re-encoded copies differ in 0 to 22 bits, other images in 60 or more.
     """

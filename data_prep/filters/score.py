@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import polars as pl
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
@@ -59,7 +59,7 @@ class ScoreConfig:
     """Weights of a Chinese CLIP that scores both sides, instead of the two encoders."""
     vocabulary: str | None = field(default=None, metadata=NOT_IN_DIGEST)
     """Vocabulary of `model`. Unset: cnclip looks for it next to the weights and in the usual places."""
-    context_length: int = 52
+    context_length: Annotated[int, Ge(3)] = 52
     """Tokens of a text for `model`, including [CLS] and [SEP]."""
     rows: Literal["unscored", "all"] = "unscored"
     """Which rows are scored: those whose source has no score (paper, 2.2), or all."""
@@ -79,7 +79,7 @@ class ScoreConfig:
 class FilterScoreConfig:
     """`[filter_score]`: the threshold on the run's scores."""
 
-    min_score: float | None = None
+    min_score: Annotated[float, Ge(-1), Le(1)] | None = None
     """Lowest cosine to keep; 0.26 (paper, 2.2) if neither setting is given. Each pair of encoders has its own
     scale, which the report shows.
     """

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import polars as pl
+from annotated_types import Ge, Le
 
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, SourceCounts, publish_judged
@@ -46,22 +47,22 @@ class FilterTextConfig:
 
     language: str = "zh"
     """LAION-5B language tag to keep, if the source has the column."""
-    min_score: float = 0.26
+    min_score: Annotated[float, Ge(-1), Le(1)] = 0.26
     """Lowest mCLIP cosine to keep, if the source has scores."""
-    min_characters: int = 5
+    min_characters: Annotated[int, Ge(0)] = 5
     """Smallest number of characters in a caption."""
-    max_characters: int = 50
+    max_characters: Annotated[int, Ge(1)] = 50
     """Largest number of characters in a caption."""
     blacklists: tuple[str, ...] = ("advertising", "file_name")
     """Word lists in `data_prep/blacklists/`, applied in this order."""
     # The paper has none of the following.
-    min_chinese_share: float = 0.0
+    min_chinese_share: Annotated[float, Ge(0), Le(1)] = 0.0
     """Smallest share of Chinese characters, not counting white space; 0 is off (not in the paper)."""
     drop_nsfw: tuple[str, ...] = ()
     """LAION-5B marks to drop: `NSFW`, `LIKELY`, `UNSURE`; empty is off (not in the paper)."""
-    max_unsafe: float | None = None
+    max_unsafe: Annotated[float, Ge(0), Le(1)] | None = None
     """Largest LAION-5B `punsafe`, a probability; unset is off (not in the paper)."""
-    max_watermark: float | None = None
+    max_watermark: Annotated[float, Ge(0), Le(1)] | None = None
     """Largest LAION-5B `pwatermark`, a probability; unset is off (not in the paper)."""
     normalise_duplicates: bool = False
     """Whether captions that differ only in width, case, white space or punctuation, and addresses that differ

@@ -1,6 +1,7 @@
 """Strict configuration: refusals and their messages, overrides, unions, digests, shipped recipes."""
 
 import dataclasses
+import re
 import shutil
 import tomllib
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pipeline.core.config import (
     to_toml,
 )
 from pipeline.core.records import ConfigError
+from pipeline.tools import configuration_page
 from training.model.config import MODELS
 
 
@@ -246,6 +248,12 @@ def test_a_recipe_is_found_by_name_and_by_its_path_in_the_tree(
         ),
         ("launch.gpus_per_node=-1", "launch.gpus_per_node: must be at least 0, found -1"),
         ("corpus.kind=demos", "demo.toml: corpus.kind: must be one of 'demo', 'emoji'"),
+        ("download.short_side_px=-3", "download.short_side_px: must be at least 1, found -3"),
+        ("download.threads=0", "download.threads: must be at least 1, found 0"),
+        ("download.jpeg_quality=900", "download.jpeg_quality: must be at most 100, found 900"),
+        ("filter_image.evaluation_distance=-5", "evaluation_distance: must be at least 0, found -5"),
+        ("filter_text.min_score=7", "demo.toml: filter_text.min_score: must be at most 1, found 7"),
+        ("vocabulary.size=-5", "demo.toml: vocabulary.size: must be at least 6, found -5"),
     ],
 )
 def test_a_run_with_a_wrong_key_is_refused(override: str, words: str) -> None:
@@ -253,6 +261,13 @@ def test_a_run_with_a_wrong_key_is_refused(override: str, words: str) -> None:
         catalog.load("demo", [override])
     assert words in str(caught.value)
     assert "demo.toml" in str(caught.value)
+
+
+def test_every_number_of_a_run_has_bounds() -> None:
+    rows = [line.split(" | ") for line in configuration_page.page().splitlines() if line.startswith("| `")]
+    unbounded = [row[0] for row in rows if re.search("integer|number", row[1]) and row[3] == "–"]
+    # Scores of a classifier and a sequence's mutual information are any numbers
+    assert unbounded == ["| `min_score`", "| `max_score`", "| `ngram_min_cohesion`"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class PicturesConfig:
     """Rows for each image: its name, then the name with some of its keywords."""
     max_keywords: Annotated[int, Ge(1)] = 3
     """Most keywords in one caption."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the choice of concepts and of keywords."""
 
 
