@@ -96,10 +96,10 @@ def test_recall_for_a_part_of_the_compute() -> None:
     paper = {run["seed"]: run for run in of_arm["paper"]}
     rows = _rows("docs/guides/train.md", having="new styles")
     assert [row[0] for row in rows] == list(of_arm)
-    for name, style, concept, flops, seconds, seeds in rows:
+    for name, style, concept, both, flops, seconds, seeds in rows:
         found = of_arm[name]
         assert int(seeds) == len(found)
-        for shown, key in ((style, "style"), (concept, "concept")):
+        for shown, key in ((style, "style"), (concept, "concept"), (both, "both")):
             recalls = [run["recall"][key] for run in found]
             mean, _, spread = shown.partition(" ± ")
             _assert_shown(mean, statistics.fmean(recalls))
