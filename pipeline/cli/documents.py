@@ -85,7 +85,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].rows_dropped": "rows dropped",
         "stages[].share_kept": "rows kept divided by rows that came in, 0 to 1; null if none came in",
         "stages[].rows_per_second": "rows per second of one process; null if nothing was measured",
-        "stages[].seconds": "total time of all tasks",
+        "stages[].seconds": "time of all tasks; of a resumed training, since it resumed",
         "stages[].bytes": "size of the outputs",
         "stages[].dropped{}": "drop reason → rows",
         "notes": "a list of lines: idle thresholds, captions that rows lost, stages that drop many rows",

@@ -79,7 +79,7 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space or move [run] folder, then rerun the same command to resume"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make it readable and writable, or choose another [run] folder"
+        return "make it readable and writable, or choose another folder ([run] folder of a run)"
     return "fix the problem and rerun the same command to resume"
 
 

@@ -66,16 +66,18 @@ def find_recipe(name: str) -> str:
         os.path.dirname(name) in ("", os.path.join("pipeline", "recipes"))
     ):
         return str(shipped / f"{stem}.toml")
+    if not name.endswith(".toml") and store.exists(name):
+        raise ConfigError(
+            f"{name}: neither a TOML file nor the folder of a started run; give a run's TOML file"
+        )
     if os.path.dirname(name) and not name.endswith(".toml"):
-        if store.exists(name):
-            raise ConfigError(
-                f"{name}: neither a TOML file nor the folder of a started run; give a run's TOML file"
-            )
         raise ConfigError(
             f"{name}: no such folder or file; give a run's TOML file, or its folder once started"
         )
-    known = ", ".join(sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".toml")))
-    raise ConfigError(f"{name}: no such file; give a run's TOML file or one of the shipped recipes: {known}")
+    known = sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+    near = difflib.get_close_matches(stem, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"give a run's TOML file or a recipe: {', '.join(known)}"
+    raise ConfigError(f"{name}: no such file; {advice}")
 
 
 def read_toml(path: str) -> dict[str, Any]:

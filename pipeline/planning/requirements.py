@@ -148,7 +148,10 @@ def hardware(
     """
     found = find_device(name)
     if found is None:
-        raise ConfigError(f"--hardware {name}: unknown device; known: {', '.join(PEAK_FLOPS)}")
+        raise ConfigError(
+            f"--hardware {name}: unknown device; known: {', '.join(PEAK_FLOPS)}, also with their memory, as"
+            " in A100-40GB"
+        )
     if not 0 < utilisation <= 1:
         raise ConfigError(f"--utilisation {utilisation}: must be greater than 0 and at most 1")
     if memory_gib is not None and not (math.isfinite(memory_gib) and memory_gib > 0):

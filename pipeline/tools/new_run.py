@@ -81,8 +81,9 @@ def num_set_aside(data: Data) -> int:
     count = max(fewest, min(most, data.num_usable // _SET_ASIDE_ONE_IN))
     if count > data.num_usable * _KEPT / 2:
         raise InputError(
-            f"{data.path}: {data.num_usable} usable rows are too few to set some aside for validation; name"
-            " an evaluation set with --evaluation, or leave the model out with --model none"
+            f"{data.path}: {data.num_usable} usable rows are too few to set some aside for validation, which"
+            f" takes {math.ceil(2 * fewest / _KEPT):,}; name an evaluation set with --evaluation, or leave"
+            " the model out with --model none"
         )
     return count
 

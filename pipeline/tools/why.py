@@ -70,7 +70,7 @@ class Fate:
             return [f"{self.source}  {self.text!r}", f"  dropped by corpus: {self.reason}"]
         if self.row is None:
             return [f"{self.key}  {self.source}", f"  dropped by {self.stage}: {self.reason}"]
-        head = f"{self.key}  {self.source} row {self.row}  {_shown(self.url)}  {self.caption!r}"
+        head = f"{self.key}  {self.source} row {self.row}  {_shown(self.url)}  {self.caption or ''!r}"
         if self.stage is not None:
             detail = f" ({self.detail})" if self.detail else ""
             return [head, f"  dropped by {self.stage}: {self.reason}{detail}"]

@@ -225,8 +225,13 @@ def test_a_recipe_is_found_by_name_and_by_its_path_in_the_tree(
     assert find_recipe("demo.toml") == find_recipe("pipeline/recipes/demo.toml") == shipped
     shutil.copy(shipped, tmp_path / "demo.toml")
     assert find_recipe("demo.toml") == "demo.toml"  # a file at hand comes before the shipped one
-    with pytest.raises(ConfigError, match=r"demmo: no such file; .*demo\.toml"):
+    with pytest.raises(ConfigError, match=r"^demmo: no such file; did you mean demo\?$"):
         find_recipe("demmo")
+    with pytest.raises(ConfigError, match=r"^mine: no such file; give a run's TOML file or a recipe: demo, "):
+        find_recipe("mine")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match=r"^mine: neither a TOML file nor the folder of a started run; "):
+        find_recipe("mine")
 
 
 @pytest.mark.parametrize(

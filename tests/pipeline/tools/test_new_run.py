@@ -119,7 +119,10 @@ def test_what_init_writes_runs_and_needs_no_note_after_it(
             (),
             "--data TABLE: missing; give it, because cnclip cannot ask without a terminal; see `cnclip init ",
         ),
-        (("--data=some.csv",), "some.csv: 79 usable rows are too few to set some aside for validation; name"),
+        (
+            ("--data=some.csv",),
+            "some.csv: 79 usable rows are too few to set some aside for validation, which takes 80; name",
+        ),
         (("--data=no.csv", "--evaluation=valid"), "--data no.csv: no such file"),
         (("--data=moved.csv", "--evaluation=valid"), "moved.csv: its addresses are paths, such as 猫 0.png"),
         (
