@@ -57,7 +57,7 @@ def build_parts(
     """
     check_device(device)
     if rows_per_part < 1 or train_rows < 1:
-        raise ConfigError("rows per part and rows to train on must be at least 1")
+        raise ConfigError("--rows-per-part and --train-rows are at least 1")
     if centre and embeddings.metric == "l2":
         raise ConfigError("--centre is for inner products; distances do not change when rows are moved")
     with exclusive(folder):

@@ -1,11 +1,14 @@
 """Arguments that several commands share, and the exit statuses."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from pipeline.core.records import ConfigError
 
 if TYPE_CHECKING:
     from eval.features.encoder import ModelSource
@@ -102,6 +105,17 @@ Precision = Annotated[
         help="multiply matrices in this precision; bf16 is for GPUs (features: 3 digits)",
     ),
 ]
+
+
+def index_bytes(memory_gib: float) -> float:
+    """Return the --memory of an index in bytes.
+
+    Raises:
+        ConfigError: if it is not a number above 0.
+    """
+    if not 0 < memory_gib < math.inf:
+        raise ConfigError(f"--memory {memory_gib}: must be greater than 0 GiB")
+    return memory_gib * 2**30
 
 
 def checkpoint(

@@ -20,6 +20,7 @@ from pipeline.cli.arguments import (
     TrainRows,
     VectorMetric,
     Where,
+    index_bytes,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
@@ -87,6 +88,7 @@ def index(
     from eval.index.tuning.suggest import suggest
     from eval.index.tuning.tune import Tuning
 
+    most_bytes = index_bytes(memory)
     embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
     if append:
         from eval.index.parts.change import append_grown
@@ -96,7 +98,7 @@ def index(
         return EXIT_DONE
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
     chosen = factory or suggest(
-        embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, device=device
+        embeddings.num_rows, embeddings.dim, most_bytes, recall, train_rows, device=device
     )
     built = build_parts(
         embeddings,
@@ -232,6 +234,7 @@ def bench_index(
     from eval.index.tuning.queries import has_test, query_sets
     from pipeline.core.files.lock import exclusive
 
+    index_memory = index_bytes(memory)
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give at least 1")
     if index_folder is not None:
@@ -297,7 +300,7 @@ def bench_index(
     others = [item for folder in merge or [] for item in read_results(store.join(folder, RESULTS))]
     with contextlib.nullcontext() if out is None else exclusive(out):
         found = measure(plan, [text.strip() for text in factories if text.strip()], out, inform)
-        points, most_bytes = found.points, memory * 2**30 / embeddings.num_rows
+        points, most_bytes = found.points, index_memory / embeddings.num_rows
         front = pareto_front(points, most_bytes)
         print(points_table(points, front, k, found.exact))
         print(plan.conditions())

@@ -64,8 +64,7 @@ def search_index(
     from pipeline.core import store
 
     index = PartedIndex.open(index_folder)
-    asked = None if index.metric == "cosine" else index.metric
-    source = Embeddings.open(queries, metric=asked, role="queries")
+    source = Embeddings.open(queries, metric=index.metric, role="queries")
     check_same_model(index_folder, index.model, source.model)
     rows = _rows(index_folder, index.num_rows, where, embeddings_path)
     found = list[pl.DataFrame]()

@@ -104,7 +104,12 @@ def plan(
                 "cnclip plan index takes only --vectors, --dim, --recall, --nprobe, --prices and --json"
             )
         return _plan_index(
-            vectors, dim or 512, 0.95 if recall is None else recall, nprobe or 64, prices, as_json=as_json
+            vectors,
+            512 if dim is None else dim,
+            0.95 if recall is None else recall,
+            64 if nprobe is None else nprobe,
+            prices,
+            as_json=as_json,
         )
     if any(value is not None for value in (vectors, dim, recall, nprobe, prices)):
         raise ConfigError("--vectors, --dim, --recall, --nprobe and --prices belong to `cnclip plan index`")

@@ -54,6 +54,9 @@ def tree(folder: Path) -> dict[str, str]:
 
 def test_reshard_keeps_samples_and_order(corpus: Run, tmp_path: Path) -> None:
     before = Path(corpus.folder, "shards")
+    words = ["reshard", corpus.folder, "--out", str(tmp_path / "none"), "--samples", "11"]
+    assert main([*words, "--processes", "0"]) == 2
+    assert not (tmp_path / "none").exists()
     assert main(["reshard", corpus.folder, "--out", str(tmp_path / "a"), "--samples", "11"]) == 0
     after = tmp_path / "a" / "shards"
     assert heights(after) == [11, 11, 11, 7]

@@ -181,6 +181,7 @@ def test_ground_truth_from_a_file(features: Path, tmp_path: Path, capsys: pytest
         (["--threads", "0"], "--threads 0: give at least 1"),
         (["--rounds", "1"], "--rounds 1: give at least 2"),
         (["--batch", "0"], "--batch 0: give at least 1"),
+        (["--memory", "nan"], "--memory nan: must be greater than 0 GiB"),
         (["--ground-truth", "x.ibin"], "--ground-truth belongs to --queries FILE"),
         (["--k", "2951", "--num-queries", "50"], "k = 2951, but there are 2950 rows"),
         (["--labels", "labels.txt"], "labels.txt: of an unknown kind"),

@@ -240,7 +240,7 @@ def test_search_index_writes_a_table(
     import polars as pl
 
     folder, queries = built(features).folder, unit_rows(3, seed=9)
-    np.save(tmp_path / "queries.npy", queries)
+    np.save(tmp_path / "queries.npy", 3 * queries)  # an index of cosines takes them at any length
     words = ["search-index", folder, str(tmp_path / "queries.npy"), "--parameters", "nprobe=8"]
     where = ["--where", "year >= 2002", "--embeddings", str(features)]
     assert command_line.main([*words, *where, "--k", "4", "--out", str(tmp_path / "found.parquet")]) == 0

@@ -82,6 +82,8 @@ def test_wrong_price_tables(
         (["index", "--vectors", "1.5"], "needs --vectors N"),
         (["index", "--vectors", "10", "--hardware", "A100"], "takes only --vectors"),
         (["index", "--vectors", "10", "--recall", "2"], "--recall is between 0 and 1"),
+        (["index", "--vectors", "10", "--nprobe", "0"], "--nprobe are at least 1"),
+        (["index", "--vectors", "10", "--dim", "0"], "--dim and --nprobe are at least 1"),
         (["demo", "--vectors", "10"], "belong to `cnclip plan index`"),
     ],
 )
