@@ -19,7 +19,7 @@ CORPUS = Group("Corpus")
 _WHAT = "finished shards: their folder, their run's folder or its TOML file"
 _Corpus = Annotated[str, typer.Argument(metavar="CORPUS", help=_WHAT)]
 _Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="write shards/ into this folder")]
-_Processes = Annotated[int, typer.Option(metavar="N", min=1, help="pack N shards at once")]
+_Processes = Annotated[int, typer.Option(metavar="N", help="pack N shards at once")]
 _Samples = Annotated[
     int | None,
     typer.Option(metavar="N", help="put N samples into each shard (default: as in the corpus)"),
@@ -155,6 +155,8 @@ def _do(out: str, processes: int, stages: tuple[Stage, ...]) -> dict[str, Manife
     """Run the stages in `out`, print rows in and out, and return the manifests by stage name."""
     from pipeline.runner import execute
 
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: give at least 1")
     run = Run(out, 0, "local", processes, stages)
     if changed := [status for status in survey(run) if status.state is State.STALE]:
         raise ConfigError(
