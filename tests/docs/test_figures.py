@@ -122,6 +122,7 @@ def test_recall_for_a_part_of_the_compute() -> None:
     [
         ("balancing", {"rare": "rare", "middle": "middle", "frequent": "frequent"}),
         ("bilingual", {"recall": "emoji-fluent-flat"}),
+        ("caption-cut", {"recall": "unseen"}),
         ("locking", {"new emoji style": "emoji-fluent-flat", "new theme of icons": "icons-colour"}),
         ("filter-strength", {"recall of the model": "emoji-fluent-flat"}),
     ],
