@@ -76,7 +76,8 @@ def find_recipe(name: str) -> str:
         )
     known = sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
     near = difflib.get_close_matches(stem, known, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"give a run's TOML file or a recipe: {', '.join(known)}"
+    others = f"give a run's TOML file or one of the shipped recipes: {', '.join(known)}"
+    advice = f"did you mean {near[0]}?" if near else others
     raise ConfigError(f"{name}: no such file; {advice}")
 
 

@@ -145,7 +145,7 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
 
     def slow(self: BatchReader, step: int) -> Any:
         if os.environ["RANK"] == slow_rank:
-            time.sleep(0.3)
+            time.sleep(0.6)  # longer than a step takes on a busy machine, which hides as much
         return request(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
